@@ -1,0 +1,283 @@
+"""``mswift sft``: a checkpoint and rows of conversations to a fine-tuned model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mswift.commands.session import Session, find_model, load_model, make_template, open_session
+from mswift.config import SftConfig, format_table
+from mswift.errors import ConfigError
+from mswift.log import get_logger, is_main_process, progress_bar
+
+if TYPE_CHECKING:
+    from mswift.data import EncodedDataset
+    from mswift.data.batches import Batches
+    from mswift.data.rows import Row
+    from mswift.engines.megatron import MegatronEngine
+    from mswift.templates.chat import ChatTemplate
+    from mswift.train.checkpoint import RunIdentity
+    from mswift.train.state import Callback, TrainState
+
+logger = get_logger(__name__)
+_LEFT_BY_A_RUN = ("args.json", "logging.jsonl", "loss.png", "runs", "merged", "dropped_rows.txt")
+
+
+def sft(config: SftConfig) -> None:
+    """Fine-tune, save, and say what to do next. Runs on every process.
+
+    Raises:
+        MswiftError: anything that the user can put right, before a file is written wherever that can be known.
+    """
+    started = time.perf_counter()
+    output_dir = config.output_dir()
+    resume_from = _check_output(config, output_dir)
+    train_rows, eval_rows = _read_rows(config)
+    directory = find_model(config.model)
+    with open_session(directory, config.parallel, config.runtime) as session:
+        template = make_template(directory, config.model, config.template)
+        train_data, eval_data = _encode(config, template, train_rows, eval_rows, output_dir, directory)
+        engine = _make_engine(config, session, data_seed=config.train.seed)
+        batches = _batches(config, session, train_data, template)
+        eval_batches = _batches(config, session, eval_data, template, evaluation=True) if eval_data is not None else None
+        identity = _identity(config, engine, directory, train_data, batches.global_batch_size)
+        start = _resume(engine, resume_from, identity)
+        if is_main_process():
+            _announce(config, engine, train_data, eval_data, output_dir)
+        _train(config, engine, batches, eval_batches, identity, output_dir, start, started)
+        if config.save.merge_lora and config.tuner.tuner_type == "lora":
+            engine.model.export_merged(output_dir / "merged", max_shard_size=config.save.max_shard_size, exist_ok=True)
+    if is_main_process():
+        _say_what_next(config, output_dir)
+
+
+def _check_output(config: SftConfig, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from, or None; refuses a folder that holds another run.
+
+    Raises:
+        ConfigError: the folder holds another run, or is a file. CheckpointError: no such checkpoint.
+    """
+    from mswift.train.checkpoint import find_checkpoint, list_checkpoints
+
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"--output_dir {output_dir} is a file; give a folder")
+    resume_from = find_checkpoint(config.save.resume_from_checkpoint, output_dir)
+    if resume_from is None and not config.save.overwrite_output_dir and config.save.resume_from_checkpoint is None:
+        found = [path.name for path in list_checkpoints(output_dir)] + [name for name in _LEFT_BY_A_RUN[:2] if (output_dir / name).exists()]
+        if found:
+            raise ConfigError(
+                f"--output_dir {output_dir} holds another run ({', '.join(found[:3])}); give another folder, "
+                "--resume_from_checkpoint auto to go on with it, or --overwrite_output_dir true to replace it"
+            )
+    return resume_from
+
+
+def _read_rows(config: SftConfig) -> tuple[list[Row], list[Row]]:
+    from mswift.data import load_dataset, split
+
+    data = config.data
+    common: dict[str, Any] = {"columns": data.columns or None, "seed": data.data_seed, "strict": data.strict, "use_hf": config.model.use_hf}
+    rows = load_dataset(data.dataset, shuffle=data.dataset_shuffle, **common)
+    if data.val_dataset:
+        return rows, load_dataset(data.val_dataset, shuffle=False, **common)
+    return split(rows, data.split_dataset_ratio, data.data_seed)
+
+
+def _encode(
+    config: SftConfig, template: ChatTemplate, train_rows: list[Row], eval_rows: list[Row], output_dir: Path, directory: Path
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    from mswift.data import encode_dataset
+
+    limit = json.loads((directory / "config.json").read_text(encoding="utf8")).get("max_position_embeddings")
+    with progress_bar("tokenising") as progress:
+        settings: dict[str, Any] = {
+            "max_length": config.data.max_length or limit,
+            "truncation": config.data.truncation_strategy,
+            "num_proc": config.data.dataset_num_proc,
+            "strict": config.data.strict,
+            "progress": progress,
+        }
+        train = encode_dataset(train_rows, template, report_dir=output_dir if is_main_process() else None, **settings)
+        return train, encode_dataset(eval_rows, template, **settings) if eval_rows else None
+
+
+def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> MegatronEngine:
+    from mswift.engines.megatron import MegatronEngine, OptimizerSettings
+    from mswift.tuners.lora import LoraSettings, resolve_targets
+
+    tuner, train, optim = config.tuner, config.train, config.optim
+    recompute: dict[str, Any] = {} if train.recompute_granularity == "none" else {"recompute_granularity": train.recompute_granularity}
+    if train.recompute_granularity == "full":
+        recompute |= {"recompute_method": train.recompute_method, "recompute_num_layers": train.recompute_num_layers}
+    model = load_model(session, config.model, config.parallel, **recompute)
+    if tuner.adapters:
+        model.load_adapter(Path(tuner.adapters[0]), dropout=tuner.lora_dropout)
+    elif tuner.tuner_type == "lora":
+        model.add_lora(
+            LoraSettings(
+                rank=tuner.lora_rank,
+                alpha=tuner.lora_alpha,
+                dropout=tuner.lora_dropout,
+                use_rslora=tuner.use_rslora,
+                targets=resolve_targets(tuner.target_modules),
+                seed=train.seed,
+            )
+        )
+    settings = OptimizerSettings(
+        learning_rate=config.learning_rate,
+        weight_decay=optim.weight_decay,
+        beta1=optim.adam_beta1,
+        beta2=optim.adam_beta2,
+        epsilon=optim.adam_epsilon,
+        max_grad_norm=optim.max_grad_norm,
+        use_distributed_optimizer=bool(optim.use_distributed_optimizer),
+    )
+    return MegatronEngine(model, settings, seed=train.seed, source=config.model.model)
+
+
+def _batches(config: SftConfig, session: Session, data: EncodedDataset, template: ChatTemplate, *, evaluation: bool = False) -> Batches:
+    from mswift.data.batches import Batches
+
+    layout = session.groups.layout
+    tokenizer = template.tokenizer
+    return Batches(
+        data,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.resolve_global_batch_size(layout.dp),
+        seed=config.data.data_seed,
+        shuffle=config.data.dataset_shuffle and not evaluation,
+        dp_rank=session.groups.coords.dp,
+        dp_size=layout.dp,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        pad_to_multiple=layout.tp if config.parallel.sequence_parallel else 1,
+    )
+
+
+def _identity(config: SftConfig, engine: MegatronEngine, directory: Path, data: EncodedDataset, global_batch_size: int) -> RunIdentity:
+    from mswift.train.checkpoint import RunIdentity, fingerprint_model
+
+    return RunIdentity(
+        model=fingerprint_model(directory),
+        trained=engine.trained_fingerprint(),
+        data=data.fingerprint(),
+        global_batch_size=global_batch_size,
+        seed=config.data.data_seed,
+    )
+
+
+def _resume(engine: MegatronEngine, resume_from: Path | None, identity: RunIdentity) -> int:
+    if resume_from is None:
+        return 0
+    from mswift.train.checkpoint import resume
+
+    step = resume(engine, resume_from, identity)
+    logger.info("resumed from %s: %d steps are done", resume_from, step)
+    return step
+
+
+def _announce(config: SftConfig, engine: MegatronEngine, train: EncodedDataset, evaluation: EncodedDataset | None, output_dir: Path) -> None:
+    """The table, once, and args.json; what was made of the data and the model in a line each."""
+    if config.save.overwrite_output_dir:
+        _remove_old_run(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "args.json").write_text(json.dumps(config.to_flat(), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    trained, total = engine.parameter_counts()
+    model = engine.model
+    print(format_table(config), flush=True)
+    logger.info("model: %s, %s, %s of %s parameters trained", model.family.name, _name(model.dtype), f"{trained:,}", f"{total:,}")
+    logger.info("layout: %s on %s", engine.groups.layout.describe(), engine.device.type)
+    if model.padded_heads:
+        logger.info("layout: %s", model.padded_heads)
+    held_out = f", {len(evaluation)} held out" if evaluation is not None else ""
+    logger.info("data: %d rows, %s tokens, longest %d%s", len(train), f"{train.num_tokens:,}", int(train.lengths.max()), held_out)
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _remove_old_run(output_dir: Path) -> None:
+    for path in [*output_dir.glob("checkpoint-*"), *(output_dir / name for name in _LEFT_BY_A_RUN)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _callbacks(config: SftConfig, output_dir: Path) -> list[Callback]:
+    from mswift.train.callbacks import JsonLinesCallback, PlotCallback, ProgressCallback, TensorBoardCallback
+
+    callbacks: list[Callback] = [ProgressCallback(), JsonLinesCallback(output_dir)]
+    if "tensorboard" in config.logging.report_to:
+        callbacks.append(TensorBoardCallback(output_dir))
+    return [*callbacks, PlotCallback(output_dir)] if config.logging.plot else callbacks
+
+
+def _train(
+    config: SftConfig,
+    engine: MegatronEngine,
+    batches: Batches,
+    eval_batches: Batches | None,
+    identity: RunIdentity,
+    output_dir: Path,
+    start: int,
+    started: float,
+) -> None:
+    from mswift.objectives.sft import SupervisedObjective
+    from mswift.train.checkpoint import CheckpointWriter
+    from mswift.train.loop import LoopSettings, TrainLoop
+    from mswift.train.schedule import LearningRate
+    from mswift.train.state import TrainState
+
+    optim = config.optim
+    total = config.train.max_steps or max(1, round(batches.steps_per_epoch * config.train.num_train_epochs))
+    warmup = optim.warmup_steps or round(optim.warmup_ratio * total)
+    schedule = LearningRate(config.learning_rate, total, warmup, optim.min_lr, optim.lr_scheduler_type)
+    writer = CheckpointWriter(engine, identity, _model_writer(config, engine), keep=config.save.save_total_limit)
+
+    def save(state: TrainState) -> Path:
+        return writer.save(output_dir, state.step)
+
+    settings = LoopSettings(
+        total_steps=total,
+        logging_steps=config.logging.logging_steps,
+        eval_steps=config.eval_steps,
+        save_steps=config.save.save_steps,
+        log_first_step=config.logging.logging_first_step,
+    )
+    state = TrainState(output_dir, total, batches.steps_per_epoch, step=start)
+    loop = TrainLoop(
+        engine, SupervisedObjective(), batches, schedule, settings, eval_batches=eval_batches, save=save, callbacks=_callbacks(config, output_dir)
+    )
+    logger.info("training: %d steps of %d rows; ready after %.1f s", total, batches.global_batch_size, time.perf_counter() - started)
+    loop.run(state)
+
+
+def _model_writer(config: SftConfig, engine: MegatronEngine) -> Callable[[Path], None]:
+    """Writes into a checkpoint what other programs load: the PEFT adapter, or the whole model when it is trained."""
+
+    def write(directory: Path) -> None:
+        if config.tuner.tuner_type == "lora":
+            engine.export_adapter(directory)
+        else:
+            engine.export_merged(directory, max_shard_size=config.save.max_shard_size)
+        if is_main_process():
+            (directory / "args.json").write_text(json.dumps(config.to_flat(), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+    return write
+
+
+def _say_what_next(config: SftConfig, output_dir: Path) -> None:
+    from mswift.train.checkpoint import list_checkpoints
+
+    newest = list_checkpoints(output_dir)[-1]
+    lora = config.tuner.tuner_type == "lora"
+    print(f"\ndone: {'adapter' if lora else 'model'} in {newest}")
+    if config.logging.plot:
+        print(f"curves: {output_dir / 'loss.png'}; figures: {output_dir / 'logging.jsonl'}")
+    if config.save.merge_lora and lora:
+        print(f"merged model: {output_dir / 'merged'}")
+    print(f"talk to it: mswift infer {'--adapters' if lora else '--model'} {newest}")
+    if lora and not config.save.merge_lora:
+        print(f"merge it:   mswift export --adapters {newest} --merge_lora true --output_dir {output_dir / 'merged'}")

@@ -1,0 +1,50 @@
+"""Settings of a run: typed sections, read from flags, YAML and the names that ms-swift has used."""
+
+from __future__ import annotations
+
+from mswift.config.configs import Config, ExportConfig, InferConfig, SftConfig, warnings_for
+from mswift.config.parse import CONFIGS, Parsed, parse_command, read_command
+from mswift.config.sections import (
+    DataSection,
+    ExportSection,
+    GenerationSection,
+    InferSection,
+    LoggingSection,
+    ModelSection,
+    OptimSection,
+    ParallelSection,
+    RuntimeSection,
+    SaveSection,
+    TemplateSection,
+    TrainSection,
+    TunerSection,
+)
+from mswift.config.table import Row, format_table, table_rows
+
+__all__ = [
+    "CONFIGS",
+    "Config",
+    "DataSection",
+    "ExportConfig",
+    "ExportSection",
+    "GenerationSection",
+    "InferConfig",
+    "InferSection",
+    "LoggingSection",
+    "ModelSection",
+    "OptimSection",
+    "ParallelSection",
+    "Parsed",
+    "Row",
+    "RuntimeSection",
+    "SaveSection",
+    "SftConfig",
+    "TemplateSection",
+    "TrainSection",
+    "TunerSection",
+    "format_table",
+    "parse_command",
+    "read_command",
+    "table_rows",
+    "warnings_for",
+]

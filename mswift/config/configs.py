@@ -1,0 +1,267 @@
+"""A run's settings: sections composed into one value per command, checked as a whole, flat on disk and on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from mswift.config.fields import Flag, flags_of, nearest
+from mswift.config.sections import (
+    DEFAULT_GLOBAL_BATCH_SIZE,
+    DataSection,
+    ExportSection,
+    GenerationSection,
+    InferSection,
+    LoggingSection,
+    ModelSection,
+    OptimSection,
+    ParallelSection,
+    RuntimeSection,
+    SaveSection,
+    TemplateSection,
+    TrainSection,
+    TunerSection,
+)
+from mswift.errors import ConfigError
+
+_LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "merge_lora")
+
+
+class Config:
+    """What `SftConfig`, `InferConfig` and `ExportConfig` have in common: flat names, checks, warnings."""
+
+    __slots__ = ()
+    verb: ClassVar[str]
+    model: ModelSection
+    parallel: ParallelSection
+    runtime: RuntimeSection
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """Section name -> section class, in order."""
+        return _sections(cls)  # type: ignore[arg-type]  # mypy takes a class for unhashable when its instances are
+
+    @classmethod
+    def flags(cls) -> dict[str, Flag]:
+        """Flag name -> flag, over all sections, in order."""
+        return _flags(cls)  # type: ignore[arg-type]
+
+    def to_flat(self, *, secrets: bool = False) -> dict[str, Any]:
+        """Flag name -> value, of JSON types only; `from_flat` reads it back.
+
+        Args:
+            secrets: keep tokens; without it they are None, so that the result may be written to a file.
+        """
+        nested: dict[str, dict[str, Any]] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        flat = {name: value for section in nested.values() for name, value in section.items()}
+        return {name: None if flag.secret and not secrets else flat[name] for name, flag in self.flags().items()}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any], source: str = "") -> Self:
+        """The config with these values and defaults elsewhere; types and ranges are checked, combinations (`check`) are not.
+
+        Args:
+            source: what an error calls the mapping, such as ``out/args.json``.
+
+        Raises:
+            ConfigError: a name is unknown, or a value has the wrong type or is out of range.
+        """
+        prefix = f"{source}: " if source else ""
+        flags = cls.flags()
+        values: dict[str, dict[str, Any]] = {name: {} for name in cls.sections()}
+        for name, raw in flat.items():
+            if name not in flags:
+                near = nearest(name, list(flags))
+                raise ConfigError(f"{prefix}{name} is not a setting of mswift {cls.verb}{f'; did you mean {near}?' if near else ''}")
+            values[flags[name].section][name] = flags[name].read(raw, f"{prefix}{name}")
+        return cls(**{name: section(**values[name]) for name, section in cls.sections().items()})
+
+    def changed(self) -> set[str]:
+        """Names of the flags whose value is not the default."""
+        flat = self.to_flat(secrets=True)
+        return {name for name, flag in self.flags().items() if flat[name] != flag.default}
+
+    def check(self) -> None:
+        """Raise if a value, or a combination of values, is wrong.
+
+        Raises:
+            ConfigError: the first fault that is found, in one line.
+        """
+        flags = self.flags()
+        for name, value in self.to_flat(secrets=True).items():
+            flags[name].read(value, f"--{name}")
+        for fault in self.faults():
+            raise ConfigError(fault)
+
+    def faults(self) -> Iterator[str]:
+        """One line for each combination of settings that cannot run."""
+        yield from ()
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Flags that have no effect beside the others, with the reason."""
+        yield from ()
+
+    def effective(self) -> dict[str, Any]:
+        """Flags whose value follows from others while they are not set, with that value, for people to read."""
+        return {}
+
+
+@functools.cache
+def _sections(config_class: type) -> dict[str, type]:
+    hints = typing.get_type_hints(config_class)
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(config_class)}
+
+
+@functools.cache
+def _flags(config_class: type) -> dict[str, Flag]:
+    return {flag.name: flag for name, section in _sections(config_class).items() for flag in flags_of(section, name)}
+
+
+def warnings_for(config: Config) -> list[str]:
+    """One line for each flag that was changed from its default and has no effect in this run."""
+    changed = config.changed()
+    return [f"--{name} has no effect: {reason}" for names, reason in config.idle() for name in names if name in changed]
+
+
+def _common_faults(model: ModelSection, parallel: ParallelSection) -> Iterator[str]:
+    if not model.model:
+        yield "--model is required: give a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or the directory of a checkpoint"
+    for name, value in (
+        ("decoder_first_pipeline_num_layers", parallel.decoder_first_pipeline_num_layers),
+        ("decoder_last_pipeline_num_layers", parallel.decoder_last_pipeline_num_layers),
+    ):
+        if value is not None:
+            yield f"--{name} is not supported yet: every pipeline stage holds equally many layers; leave it out"
+
+
+def _idle_parallel(parallel: ParallelSection) -> Iterator[tuple[tuple[str, ...], str]]:
+    if parallel.tensor_model_parallel_size == 1:
+        yield ("sequence_parallel",), "it needs --tensor_model_parallel_size of at least 2"
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig(Config):
+    """Settings of ``mswift sft``."""
+
+    verb: ClassVar[str] = "sft"
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    template: TemplateSection = field(default_factory=TemplateSection)
+    tuner: TunerSection = field(default_factory=TunerSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    save: SaveSection = field(default_factory=SaveSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+    runtime: RuntimeSection = field(default_factory=RuntimeSection)
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest learning rate, with the default of the tuner filled in."""
+        if self.optim.learning_rate is not None:
+            return self.optim.learning_rate
+        return 1e-4 if self.tuner.tuner_type == "lora" else 1e-5
+
+    @property
+    def eval_steps(self) -> int:
+        return self.logging.eval_steps or self.save.save_steps
+
+    @property
+    def has_evaluation(self) -> bool:
+        return bool(self.data.val_dataset) or self.data.split_dataset_ratio > 0
+
+    def output_dir(self, now: datetime.datetime | None = None) -> Path:
+        """The folder of the run: ``--output_dir`` or ``output/<model name>``, and in it ``v0-<date>`` with ``--add_version``.
+
+        Args:
+            now: time that names the version; several processes have to agree on it.
+        """
+        folder = Path(self.save.output_dir or f"output/{Path(self.model.model.rstrip('/')).name}").expanduser()
+        return folder / f"v0-{now or datetime.datetime.now():%Y%m%d-%H%M%S}" if self.save.add_version else folder
+
+    def effective(self) -> dict[str, Any]:
+        batch = {} if self.train.gradient_accumulation_steps else {"global_batch_size": self.train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE}
+        return {"learning_rate": self.learning_rate, "eval_steps": self.eval_steps, "output_dir": str(self.output_dir()), **batch}
+
+    def faults(self) -> Iterator[str]:
+        yield from _common_faults(self.model, self.parallel)
+        if not self.data.dataset:
+            yield "--dataset is required: give one or more files, folders or hub ids"
+        if self.tuner.adapters and self.tuner.tuner_type == "full":
+            yield "--adapters needs --tuner_type lora; to train every weight, merge the adapter first (mswift merge-lora)"
+        if len(self.tuner.adapters) > 1:
+            yield f"--adapters: got {len(self.tuner.adapters)} adapters, wanted one to go on training"
+        if not self.tuner.target_modules and self.tuner.tuner_type == "lora":
+            yield "--target_modules is empty, wanted all-linear or names of layers"
+        if self.optim.min_lr > self.learning_rate:
+            yield f"--min_lr {self.optim.min_lr:g} is above the learning rate {self.learning_rate:g}; make it smaller"
+        if self.save.overwrite_output_dir and self.save.resume_from_checkpoint is not None:
+            yield "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on; give one of them"
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        yield from _idle_parallel(self.parallel)
+        if self.tuner.tuner_type == "full":
+            yield _LORA_FLAGS, "--tuner_type is full"
+        if self.train.recompute_granularity != "full":
+            yield ("recompute_method", "recompute_num_layers"), "it needs --recompute_granularity full"
+        if self.train.max_steps is not None:
+            yield ("num_train_epochs",), "--max_steps wins"
+        if self.optim.warmup_steps:
+            yield ("warmup_ratio",), "--warmup_steps wins"
+        if self.optim.lr_scheduler_type == "constant":
+            yield ("min_lr",), "--lr_scheduler_type is constant"
+        if self.data.val_dataset:
+            yield ("split_dataset_ratio",), "--val_dataset is the evaluation set"
+        if not self.has_evaluation:
+            yield ("eval_steps",), "there is no evaluation set; give --val_dataset or --split_dataset_ratio"
+
+
+@dataclass(kw_only=True, slots=True)
+class InferConfig(Config):
+    """Settings of ``mswift infer``: the rows to answer are ``data.val_dataset``; without any it is a conversation."""
+
+    verb: ClassVar[str] = "infer"
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    template: TemplateSection = field(default_factory=TemplateSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    runtime: RuntimeSection = field(default_factory=RuntimeSection)
+    generation: GenerationSection = field(default_factory=GenerationSection)
+    infer: InferSection = field(default_factory=InferSection)
+
+    def faults(self) -> Iterator[str]:
+        return _common_faults(self.model, self.parallel)
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        yield from _idle_parallel(self.parallel)
+        yield ("dataset", "split_dataset_ratio"), "infer answers the rows of --val_dataset"
+        yield ("loss_scale",), "nothing is trained"
+        if not self.data.val_dataset:
+            yield ("result_path", "max_batch_size", "columns", "strict", "dataset_num_proc"), "there is no --val_dataset"
+        if self.generation.temperature == 0:
+            yield ("top_p", "top_k", "seed"), "--temperature is 0"
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig(Config):
+    """Settings of ``mswift export`` and ``mswift merge-lora``."""
+
+    verb: ClassVar[str] = "export"
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    runtime: RuntimeSection = field(default_factory=RuntimeSection)
+    export: ExportSection = field(default_factory=ExportSection)
+
+    def faults(self) -> Iterator[str]:
+        yield from _common_faults(self.model, self.parallel)
+        if self.export.merge_lora and not self.export.adapters:
+            yield "--adapters is required to merge: give the folder of a PEFT adapter"
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        return _idle_parallel(self.parallel)

@@ -1,0 +1,76 @@
+"""Settings that an adapter or a model brings along: args.json of the run that wrote it, or the base model that a PEFT adapter names.
+
+What is taken: which model and how (for an adapter), and the template. Never the permission to run foreign code, and no token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mswift.config.aliases import RENAMED, VALUES
+from mswift.config.configs import Config
+from mswift.errors import ConfigError
+
+ARGS_FILE = "args.json"
+_WITH_ADAPTER = ("model", "model_revision", "torch_dtype", "use_hf")
+_WITH_MODEL = ("system", "response_prefix", "enable_thinking", "max_length")
+
+
+def apply_saved(config_class: type[Config], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`given` completed by what was saved beside the adapter or the model, and a note for the user.
+
+    Args:
+        given: flags that are set; they win. Nothing is added where the command has no ``load_args``, or it is false.
+
+    Raises:
+        ConfigError: the file that was found cannot be read, or holds a value of the wrong type.
+    """
+    values = dict(given)
+    flags = config_class.flags()
+    if "load_args" not in flags or not values.get("load_args", flags["load_args"].default):
+        return values, []
+    adapters = values.get("adapters") or []
+    folder = Path(adapters[0] if adapters else values.get("model", "")).expanduser()
+    if not (adapters or values.get("model")) or not folder.is_dir():
+        return values, []
+    source, saved = _read_args(folder)
+    if source is None and adapters:
+        source, saved = _read_base_model(folder)
+    names = (*_WITH_ADAPTER, *_WITH_MODEL) if adapters else _WITH_MODEL
+    taken = {name: saved[name] for name in names if name in flags and name not in values and saved.get(name) not in (None, "")}
+    for name, raw in taken.items():
+        synonyms = VALUES.get(name, {})
+        values[name] = flags[name].read(synonyms.get(raw, raw) if isinstance(raw, str) else raw, f"{source}: {name}")
+    note = ", ".join(f"{name} {value if len(str(value)) <= 60 else '...'}" for name, value in taken.items())
+    return values, [f"from {source}: {note}"] if taken else []
+
+
+def _read_args(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """args.json of a run folder, or of one of its checkpoints, under today's names."""
+    places = [folder, folder.parent] if re.fullmatch(r"checkpoint-\d+(-merged)?", folder.name) else [folder]
+    for path in (place / ARGS_FILE for place in places):
+        if path.is_file():
+            content = _read_json(path)
+            return path, {RENAMED[name]: value for name, value in content.items() if name in RENAMED} | content
+    return None, {}
+
+
+def _read_base_model(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None, {}
+    return path, {"model": _read_json(path).get("base_model_name_or_path")}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}; mend it, or give --load_args false") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no JSON object; mend it, or give --load_args false")
+    return content

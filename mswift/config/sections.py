@@ -1,0 +1,238 @@
+"""The sections of a run's settings: names and defaults are ms-swift's (v4) where it is not wrong.
+
+Where we differ: the folder of a run does not change from run to run (``add_version`` false), code from the hub does not run unasked
+(``trust_remote_code`` false), models come from Hugging Face (``use_hf`` true), nothing is recomputed unasked, and a rank that stops answering
+is noticed after half an hour rather than 208 days (``ddp_timeout``).
+"""
+
+# ruff: noqa: RUF009  (`option` makes a dataclasses.field, with a factory for lists and dicts)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mswift.config.fields import Limits, option
+from mswift.errors import ConfigError
+
+_SHARE = Limits(low=0, high=1)
+_POSITIVE = Limits(low=1)
+_NOT_NEGATIVE = Limits(low=0)
+_SIZE_PATTERN = r"\d+(\.\d+)?\s*([KMGT]i?)?B"
+DEFAULT_GLOBAL_BATCH_SIZE = 16
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelSection:
+    """Which model, from where, in which precision."""
+
+    model: str = option("", "Hub id or directory of a Hugging Face checkpoint", auto="required", metavar="MODEL")
+    model_revision: str | None = option(None, "Branch, tag or commit on the hub", auto="the hub's main branch")
+    torch_dtype: Literal["bfloat16", "float32"] | None = option(None, "Precision of weights and arithmetic", auto="the checkpoint's own")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint")
+    use_hf: bool = option(True, "Download from Hugging Face (false: ModelScope); without the flag, USE_HF=0 in the environment says the same")
+    hub_token: str | None = option(
+        None, "Token for private or gated repositories; never written to a file", auto="the login of the hub's own tool", secret=True
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataSection:
+    """Which rows, and how they are cut to length."""
+
+    dataset: list[str] = option([], "Training data: files, folders or hub ids; NAME#500 takes 500 rows, NAME:subset one subset", metavar="DATA ...")
+    val_dataset: list[str] = option([], "Rows to evaluate on (sft) or to answer (infer); same form as --dataset", metavar="DATA ...")
+    split_dataset_ratio: float = option(0.0, "Share of the training rows that is held out for evaluation", low=0, below=1)
+    data_seed: int = option(42, "Seed of the order of rows and of the split", low=0)
+    dataset_shuffle: bool = option(True, "Shuffle the rows; with NAME#N false takes the first N")
+    max_length: int | None = option(None, "Longest sequence in tokens", auto="the model's own limit", limits=_POSITIVE)
+    truncation_strategy: Literal["delete", "left", "right"] = option("delete", "What to do with a longer row: leave it out, or cut it at one end")
+    dataset_num_proc: int = option(1, "Processes that turn rows into tokens", limits=_POSITIVE)
+    strict: bool = option(False, "Stop at the first bad row instead of leaving it out and reporting it")
+    columns: dict[str, str] = option({}, "Names of columns in the data -> names that mswift knows")
+
+
+@dataclass(kw_only=True, slots=True)
+class TemplateSection:
+    """How messages become tokens; the template itself is the checkpoint's."""
+
+    system: str | None = option(None, "System message for rows that have none", auto="the template's own")
+    loss_scale: Literal["default", "last_round", "all"] = option("default", "Train on every answer, the last answer, or all tokens")
+    response_prefix: str | None = option(None, "Text that every answer begins with", auto="none")
+    enable_thinking: bool | None = option(None, "Switch of hybrid thinking models", auto="the template's own")
+
+
+@dataclass(kw_only=True, slots=True)
+class TunerSection:
+    """Which weights are trained."""
+
+    tuner_type: Literal["lora", "full"] = option("lora", "Train a LoRA adapter or every weight")
+    target_modules: list[str] = option(["all-linear"], "Layers that get LoRA: all-linear, or names such as q_proj v_proj", metavar="NAME ...")
+    lora_rank: int = option(8, "Rank of the adapter", limits=_POSITIVE)
+    lora_alpha: int = option(32, "The adapter is scaled by alpha / rank", limits=_POSITIVE)
+    lora_dropout: float = option(0.05, "Dropout before the adapter", low=0, below=1)
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank)")
+    adapters: list[str] = option([], "PEFT adapter to go on training", metavar="DIR ...")
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelSection:
+    """How the model is split over processes; what is left over is data parallel."""
+
+    tensor_model_parallel_size: int = option(1, "Processes that share each layer", limits=_POSITIVE)
+    pipeline_model_parallel_size: int = option(1, "Stages of layers", limits=_POSITIVE)
+    virtual_pipeline_model_parallel_size: int | None = option(None, "Virtual stages each pipeline process holds", auto="none", limits=_POSITIVE)
+    context_parallel_size: int = option(1, "Processes that share each sequence", limits=_POSITIVE)
+    expert_model_parallel_size: int = option(1, "Processes that the experts are spread over", limits=_POSITIVE)
+    expert_tensor_parallel_size: int | None = option(
+        None, "Processes that share each expert", auto="1 with experts spread, else as the layers", limits=_POSITIVE
+    )
+    sequence_parallel: bool = option(False, "Split activations between tensor-parallel layers along the sequence as well")
+    decoder_first_pipeline_num_layers: int | None = option(None, "Layers of the first stage; not supported yet", auto="even", limits=_POSITIVE)
+    decoder_last_pipeline_num_layers: int | None = option(None, "Layers of the last stage; not supported yet", auto="even", limits=_POSITIVE)
+
+    def sizes(self) -> dict[str, Any]:
+        """The keyword arguments of `mswift.parallel.layout.ParallelLayout`, without ``world``."""
+        return {
+            "tp": self.tensor_model_parallel_size,
+            "pp": self.pipeline_model_parallel_size,
+            "vpp": self.virtual_pipeline_model_parallel_size or 1,
+            "cp": self.context_parallel_size,
+            "ep": self.expert_model_parallel_size,
+            "etp": self.expert_tensor_parallel_size,
+        }
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainSection:
+    """How long, in which batches, and what is recomputed to save memory."""
+
+    num_train_epochs: float = option(3.0, "Passes over the data; a fraction is allowed", above=0)
+    max_steps: int | None = option(None, "Optimizer steps; wins over the epochs", auto="from the epochs", limits=_POSITIVE)
+    micro_batch_size: int = option(1, "Sequences that one process computes at once", limits=_POSITIVE)
+    global_batch_size: int | None = option(
+        None,
+        "Sequences of one optimizer step, over all processes",
+        auto=f"{DEFAULT_GLOBAL_BATCH_SIZE}, or from the accumulation steps",
+        limits=_POSITIVE,
+    )
+    gradient_accumulation_steps: int | None = option(
+        None, "Micro batches of one optimizer step", auto="global / (micro x data parallel)", limits=_POSITIVE
+    )
+    seed: int = option(42, "Seed of new weights and of dropout", low=0)
+    recompute_granularity: Literal["none", "selective", "full"] = option("none", "What is computed again in the backward pass, to save memory")
+    recompute_method: Literal["uniform", "block"] = option("uniform", "With full: in even chunks, or the first layers only")
+    recompute_num_layers: int = option(1, "With full: layers of a chunk (uniform), or layers that are recomputed (block)", limits=_POSITIVE)
+
+    def resolve_global_batch_size(self, data_parallel: int) -> int:
+        """Sequences of one optimizer step over all processes.
+
+        Args:
+            data_parallel: number of data-parallel replicas.
+
+        Raises:
+            ConfigError: the three batch flags contradict each other, or the batch is not a multiple of micro batch x replicas.
+        """
+        unit = self.micro_batch_size * data_parallel
+        factors = f"micro_batch_size({self.micro_batch_size}) x data parallel({data_parallel})"
+        if self.gradient_accumulation_steps is not None:
+            accumulated = unit * self.gradient_accumulation_steps
+            if self.global_batch_size not in (None, accumulated):
+                raise ConfigError(
+                    f"--global_batch_size is {self.global_batch_size}, but {factors} x gradient_accumulation_steps"
+                    f"({self.gradient_accumulation_steps}) = {accumulated}; give one of the two flags"
+                )
+            return accumulated
+        wanted = self.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
+        if wanted % unit:
+            rest = "" if self.global_batch_size else " (the default)"
+            raise ConfigError(
+                f"--global_batch_size {wanted}{rest} is not a multiple of {factors} = {unit}; the nearest above is {-(-wanted // unit) * unit}"
+            )
+        return wanted
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimSection:
+    """AdamW and its learning rate."""
+
+    learning_rate: float | None = option(None, "Highest learning rate", auto="1e-4 with lora, 1e-5 with full", above=0)
+    min_lr: float = option(0.0, "Learning rate at the end", limits=_NOT_NEGATIVE)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = option("cosine", "How the learning rate falls after the warm-up")
+    warmup_ratio: float = option(0.0, "Share of the steps in which the learning rate rises", limits=_SHARE)
+    warmup_steps: int = option(0, "Steps in which it rises; wins over the ratio", limits=_NOT_NEGATIVE)
+    weight_decay: float = option(0.1, "Decoupled weight decay", limits=_NOT_NEGATIVE)
+    adam_beta1: float = option(0.9, "Decay of the mean of gradients", low=0, below=1)
+    adam_beta2: float = option(0.95, "Decay of the mean of squared gradients", low=0, below=1)
+    adam_epsilon: float = option(1e-8, "Added to the denominator", above=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 leaves them", limits=_NOT_NEGATIVE)
+    use_distributed_optimizer: bool | None = option(None, "Spread the optimizer state over data-parallel processes", auto="decided by the engine")
+
+
+@dataclass(kw_only=True, slots=True)
+class SaveSection:
+    """What is written, where, and what a run goes on from."""
+
+    output_dir: str | None = option(None, "Folder of the run", auto="output/<model name>", metavar="DIR")
+    add_version: bool = option(False, "Write into a new folder v0-<date> inside it")
+    overwrite_output_dir: bool = option(False, "Start anew in a folder that holds checkpoints")
+    save_steps: int = option(500, "Steps between checkpoints; the last step always has one", limits=_POSITIVE)
+    save_total_limit: int | None = option(None, "Checkpoints to keep, the newest ones", auto="all", limits=_POSITIVE)
+    resume_from_checkpoint: str | None = option(None, "auto (the newest, if any) or a checkpoint-N folder", auto="start anew", metavar="auto|DIR")
+    max_shard_size: str = option("5GB", "Largest file of exported weights", pattern=_SIZE_PATTERN, wanted="a size such as 5GB or 500MB")
+    merge_lora: bool = option(False, "Write the merged model as well, at the end")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingSection:
+    """What is reported, and how often."""
+
+    logging_steps: int = option(5, "Steps between log lines", limits=_POSITIVE)
+    eval_steps: int | None = option(None, "Steps between evaluations", auto="as --save_steps", limits=_POSITIVE)
+    report_to: list[Literal["tensorboard"]] = option(["tensorboard"], "Where figures go besides logging.jsonl; none for nowhere")
+    logging_first_step: bool = option(True, "Log the first step too")
+    plot: bool = option(True, "Draw curves of the run into images/")
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeSection:
+    """Where it runs; how many processes there are comes from the environment (see Launch)."""
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes CUDA where there is any")
+    ddp_backend: Literal["gloo", "nccl"] | None = option(None, "How processes talk", auto="nccl with CUDA, else gloo")
+    ddp_timeout: int = option(1800, "Seconds after which a process that does not answer is an error", limits=_POSITIVE)
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerationSection:
+    """How answers are drawn."""
+
+    max_new_tokens: int | None = option(None, "Longest answer in tokens", auto="2048, or what fits", limits=_POSITIVE)
+    temperature: float | None = option(None, "0 always takes the likeliest token", auto="the model's own", limits=_NOT_NEGATIVE)
+    top_p: float | None = option(None, "Draw from the likeliest tokens with this total probability", auto="the model's own", above=0, high=1)
+    top_k: int | None = option(None, "Draw from this many likeliest tokens; 0 for all", auto="the model's own", limits=_NOT_NEGATIVE)
+    repetition_penalty: float | None = option(None, "Above 1 makes repeated tokens less likely", auto="the model's own", above=0)
+    seed: int | None = option(None, "Seed of the draws", auto="different every time", low=0)
+    stop_words: list[str] = option([], "Texts that end an answer", auto="the model's end token only", metavar="TEXT ...")
+    stream: bool | None = option(None, "Show tokens as they come", auto="true in a conversation")
+
+
+@dataclass(kw_only=True, slots=True)
+class InferSection:
+    """What answers, and where the answers go."""
+
+    adapters: list[str] = option([], "PEFT adapters on top of the model", metavar="DIR ...")
+    result_path: str | None = option(None, "JSON lines file for the answers", auto="beside the adapter or the model", metavar="FILE")
+    max_batch_size: int = option(1, "Prompts that are answered together", limits=_POSITIVE)
+    load_args: bool = option(True, "Take model and template settings from args.json beside the adapter or the model")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportSection:
+    """What is written from a model and its adapters."""
+
+    adapters: list[str] = option([], "PEFT adapters on top of the model", metavar="DIR ...")
+    merge_lora: bool = option(False, "Write the model with the adapters merged in")
+    output_dir: str | None = option(None, "Folder to write", auto="<adapter or model>-merged", metavar="DIR")
+    exist_ok: bool = option(False, "Write into a folder that exists")
+    max_shard_size: str = option("5GB", "Largest file of weights", pattern=_SIZE_PATTERN, wanted="a size such as 5GB or 500MB")
+    load_args: bool = option(True, "Take model settings from args.json beside the adapter")

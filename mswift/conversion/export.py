@@ -1,0 +1,221 @@
+"""Exporting: a megatron model spread over ranks to one HF directory, written by all of them, with no full model on any.
+
+Every rank makes the same plan (`export_plan`) from names and shapes. Then the tensor-parallel ranks of each pipeline stage walk its
+parameters in one order; the shards of a parameter meet on the rank that writes its file and nowhere else; data-parallel replicas share the
+files between them. The directory appears by one rename at the end, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mswift.conversion.collective import ExportGroups, agree, any_failed, exchange, gather_shards
+from mswift.conversion.coverage import fail_on, gap
+from mswift.conversion.export_plan import ExportParameter, ExportPlan, cast_of, held_by_stages, plan_export
+from mswift.conversion.file_plan import index_of
+from mswift.conversion.load import Progress
+from mswift.conversion.rules import AnyRule, Rule
+from mswift.conversion.safetensors_io import INDEX_FILE, ShardWriter
+from mswift.conversion.shards import cut_sources
+from mswift.conversion.staging import check_space, check_target, make_temporary, parse_size, publish
+from mswift.errors import ConversionError
+
+_SLACK = 64 * 2**20  # free space for config, tokenizer and index, beyond the weights
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written. ``tensors``, ``bytes``, ``files``: of the whole model; ``own_bytes``: by this rank."""
+
+    directory: Path
+    tensors: int
+    bytes: int
+    files: int
+    own_bytes: int
+    seconds: float
+
+
+def export_model(
+    parameters: Iterable[ExportParameter],
+    rules: Sequence[AnyRule],
+    directory: str | Path,
+    *,
+    config: Mapping[str, Any] | bytes | Path,
+    groups: ExportGroups | None = None,
+    extra_files: Iterable[str | Path] = (),
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    exist_ok: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a model as an HF directory: config, safetensors, index, extra files. Collective over ``groups.world``.
+
+    Args:
+        parameters: what this rank holds, in the same order on all tensor-parallel ranks and replicas of a stage. rules: of the whole model.
+        directory: must not hold anything yet; on a file system that all ranks share.
+        config: content of config.json. A mapping gets the written dtype as its ``dtype``; bytes, or the file at a path, are kept as they are.
+        groups: None for one process. extra_files: copied by name (tokenizer, chat template, generation config).
+        dtype: cast floating-point tensors to it, rounding once; None keeps every bit.
+        max_shard_size: of a file, as ``5GB``. exist_ok: replace an earlier export. progress: after each parameter that this rank writes.
+
+    Raises:
+        ConversionError: model and rules disagree, no space, something would be overwritten, or any rank failed. No rank returns then, and
+            the target is as it was.
+    """
+    begun, groups, target = time.perf_counter(), groups or ExportGroups(), Path(directory)
+    local, copies = list(parameters), [Path(path) for path in extra_files]
+    sizes = {"max_bytes": parse_size(max_shard_size), "num_replicas": groups.num_replicas, "tp_size": groups.tp_size}
+    plan = plan_export(held_by_stages(local, groups), rules, dtype=dtype, **sizes)
+    temporary = _begin(target, plan.nbytes, exist_ok, copies, groups)
+    try:
+        walk = _Walk(plan, temporary, groups, dtype, progress)
+        walk.run(local)
+        _finish(temporary, target, plan, config, copies, groups)
+    finally:
+        if groups.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return ExportReport(target, plan.num_tensors, plan.nbytes, len(plan.files), walk.done, time.perf_counter() - begun)
+
+
+class _Walk:
+    """One rank's way through its parameters. An error is kept until the others can know of it, so that collectives stay in step."""
+
+    def __init__(self, plan: ExportPlan, temporary: Path, groups: ExportGroups, dtype: torch.dtype | None, progress: Progress | None) -> None:
+        self._groups, self._dtype, self._progress = groups, dtype, progress
+        self._rules = plan.rules[groups.stage]
+        self._tp_rank_of = plan.writers_of(groups.stage, groups.replica)
+        place = (groups.stage, groups.replica, groups.tp_rank)
+        self._files = [file for file in plan.files if (file.stage, file.replica, file.tp_rank) == place]
+        self._temporary = temporary
+        self._writers: dict[str, ShardWriter] = {}  # by HF tensor
+        self._error: Exception | None = None
+        self.done, self.total = 0, sum(file.nbytes for file in self._files)
+
+    def run(self, parameters: Iterable[ExportParameter]) -> None:
+        """Write this rank's files, whole. Collective; raises on every rank if one failed."""
+        with self._kept():
+            for file in self._files:
+                self._writers.update(dict.fromkeys(file.specs, ShardWriter(self._temporary / file.name, file.specs)))
+        steps = ((parameter, self._owners(parameter)) for parameter in parameters)
+        complete = all(self._step(parameter, owners) for parameter, owners in steps if owners)
+        for writer in dict.fromkeys(self._writers.values()):
+            with self._kept():
+                (writer.close if complete and self._error is None else writer.discard)()
+        agree(self._error, self._groups)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # raised again by `agree`, on all ranks together
+            self._error = self._error or error
+
+    def _owners(self, parameter: ExportParameter) -> list[int]:
+        rule = self._rules.get(parameter.name)
+        return sorted({self._tp_rank_of[name] for name in rule.sources if name in self._tp_rank_of}) if rule else []
+
+    def _step(self, parameter: ExportParameter, owners: list[int]) -> bool:
+        """Bring one parameter to the ranks that write it; False if a rank of the group has failed."""
+        value = torch.empty(0)
+        with self._kept():
+            value = parameter.value()
+            if tuple(value.shape) != parameter.shape:
+                raise ConversionError(f"{parameter.name} should have shape {parameter.shape}, its value has {tuple(value.shape)}")
+            value = value.to(cast_of(parameter.dtype, self._dtype))
+        if any_failed(self._error is not None, self._groups):
+            return False
+        for owner in owners:
+            shards = gather_shards(value, parameter.shard.dim, owner, self._groups)
+            if shards:
+                with self._kept():
+                    self._write(self._rules[parameter.name], parameter, shards)
+        return True
+
+    def _write(self, rule: Rule, parameter: ExportParameter, shards: list[torch.Tensor]) -> None:
+        pieces = rule.pieces(rule.source_shapes(parameter.whole.shape))
+        for source, row, values in cut_sources(pieces, shards, parameter.shard.dim if len(shards) > 1 else None, rule.parts):
+            if source in self._writers:
+                self.done += self._writers[source].write(source, values, row)
+        if self._progress is not None:
+            self._progress(self.done, self.total)
+
+
+def _begin(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[Path], groups: ExportGroups) -> Path:
+    """Check what can be checked and make the temporary directory, on rank 0; returns its path on every rank. Collective."""
+    error: ConversionError | None = None
+    made: Path | None = None
+    if groups.rank == 0:
+        try:
+            made = _prepare(target, nbytes, exist_ok, copies)
+        except ConversionError as failure:
+            error = failure
+    agree(error, groups)
+    temporary = exchange(made, groups)[0]
+    assert temporary is not None
+    try:
+        agree(None if temporary.is_dir() else _unseen(temporary), groups)
+    except ConversionError:
+        if groups.rank == 0:
+            temporary.rmdir()
+        raise
+    return temporary
+
+
+def _unseen(temporary: Path) -> ConversionError:
+    return ConversionError(f"{temporary} is not seen by this rank; the output directory must be on a file system that all nodes share")
+
+
+def _prepare(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[Path]) -> Path:
+    fail_on(gap("file to copy", [str(path) for path in copies if not path.is_file()], "not found"), f"export to {target}")
+    check_target(target, exist_ok)
+    temporary = make_temporary(target)
+    try:
+        check_space(temporary, nbytes + _SLACK)
+    except ConversionError:
+        temporary.rmdir()
+        raise
+    return temporary
+
+
+def _finish(
+    temporary: Path, target: Path, plan: ExportPlan, config: Mapping[str, Any] | bytes | Path, copies: Sequence[Path], groups: ExportGroups
+) -> None:
+    """The small files and the rename, on rank 0. Collective."""
+    error: ConversionError | None = None
+    if groups.rank == 0:
+        try:
+            (temporary / "config.json").write_bytes(_config_bytes(config, plan))
+            if len(plan.files) > 1:
+                (temporary / INDEX_FILE).write_text(json.dumps(index_of(plan.files), indent=2) + "\n")
+            for path in copies:
+                shutil.copyfile(path, temporary / path.name)
+            publish(temporary, target)
+        except ConversionError as failure:
+            error = failure
+        except OSError as failure:
+            error = ConversionError(f"cannot write {target}: {failure.strerror}; free some space or choose another directory")
+    agree(error, groups)
+
+
+def _config_bytes(config: Mapping[str, Any] | bytes | Path, plan: ExportPlan) -> bytes:
+    if isinstance(config, bytes):
+        return config
+    if isinstance(config, Path):
+        return config.read_bytes()
+    sizes: Counter[torch.dtype] = Counter()
+    for file in plan.files:
+        for spec in file.specs.values():
+            sizes[spec.dtype] += spec.nbytes
+    written = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return (json.dumps({**config, **dict.fromkeys(keys, written)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

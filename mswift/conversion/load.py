@@ -1,0 +1,174 @@
+"""Loading: a rank's shards of a megatron model, filled from an HF checkpoint; everything is checked before the first byte is read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from mswift.conversion.coverage import drops_of, fail_on, gaps, rules_by_target
+from mswift.conversion.rules import AnyRule, Drop, Rule
+from mswift.conversion.safetensors_io import CheckpointReader
+from mswift.conversion.shards import Shard, SourceSlice, source_slices
+from mswift.errors import ConversionError
+
+Progress = Callable[[int, int], None]  # bytes done and bytes in all, of this rank
+
+_FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+_COMPARE_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LocalParameter:
+    """This rank's part of one megatron parameter or buffer, under its name in the whole model; ``tensor`` is written in place."""
+
+    name: str
+    tensor: torch.Tensor
+    shard: Shard
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What was loaded on this rank. ``casts``: how many tensors changed type, such as ``{"bfloat16 -> float32": 12}``."""
+
+    tensors: int
+    bytes: int
+    seconds: float
+    casts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    parameter: LocalParameter
+    slices: list[SourceSlice]
+    casts: set[str]
+
+    def nbytes(self, reader: CheckpointReader) -> int:
+        width = self.parameter.tensor[0].numel() if self.parameter.tensor.numel() else 0
+        return sum(part.rows * width * reader.dtype(part.source).itemsize for part in self.slices if part.source is not None)
+
+
+def load_weights(
+    parameters: Iterable[LocalParameter],
+    rules: Sequence[AnyRule],
+    reader: CheckpointReader,
+    *,
+    model_parameters: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Fill every local parameter in place, reading only this rank's slices. No communication.
+
+    Args:
+        parameters: what this rank holds (all its virtual stages). rules: of the whole model.
+        model_parameters: names over all pipeline stages (`all_names` gathers them); None: the local ones are all.
+        progress: called after every parameter.
+
+    Raises:
+        ConversionError: a parameter, a rule or a tensor of the checkpoint without its counterpart, a wrong shape or type, a dropped
+            tensor that does not equal the one it should; all are named and nothing has been written.
+        ModelError: a file cannot be read.
+    """
+    begun = time.perf_counter()
+    local = list(parameters)
+    names = [parameter.name for parameter in local]
+    if len(set(names)) != len(names):
+        raise ConversionError("two local parameters have one name; names must be those of the whole model")
+    fail_on(gaps(rules, names if model_parameters is None else model_parameters, reader.names), f"load {reader.directory}")
+    tasks = _plan(local, rules_by_target(rules), reader)
+    for drop in drops_of(rules):
+        _check_equal(drop, tasks, reader)
+    total, done = sum(task.nbytes(reader) for task in tasks), 0
+    for task in tasks:
+        fill(task.parameter.tensor, task.slices, reader)
+        done += task.nbytes(reader)
+        if progress is not None:
+            progress(done, total)
+    casts = [cast for task in tasks for cast in task.casts]
+    return LoadReport(len(tasks), done, time.perf_counter() - begun, {cast: casts.count(cast) for cast in sorted(set(casts))})
+
+
+def all_names(parameters: Iterable[LocalParameter], group: dist.ProcessGroup | None = None) -> set[str]:
+    """The parameter names of all ranks of ``group`` (None: the world); the local ones where no processes are joined. Collective."""
+    names = sorted(parameter.name for parameter in parameters)
+    if not dist.is_initialized():
+        return set(names)
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(gathered, names, group=group)
+    return set().union(*gathered)
+
+
+def fill(tensor: torch.Tensor, slices: Iterable[SourceSlice], reader: CheckpointReader) -> None:
+    """Write a shard from its slices, in place; without a copy where type, device and layout allow."""
+    target = tensor.detach()
+    for part in slices:
+        rows = target[part.at : part.at + part.rows]
+        if part.source is None:
+            rows.zero_()
+        elif rows.is_cpu and rows.is_contiguous() and rows.dtype == reader.dtype(part.source):
+            reader.read_into(part.source, rows, *_spans(part))
+        else:
+            rows.copy_(reader.read(part.source, *_spans(part)))
+
+
+def _spans(part: SourceSlice) -> tuple[slice, slice | None]:
+    return slice(part.start, part.stop), None if part.columns is None else slice(*part.columns)
+
+
+def _plan(parameters: Iterable[LocalParameter], rules: dict[str, Rule], reader: CheckpointReader) -> list[_Task]:
+    tasks, problems = [], []
+    for parameter in parameters:
+        rule = rules[parameter.name]
+        whole_shape = parameter.shard.whole_shape(parameter.tensor.shape)
+        try:
+            shapes = rule.source_shapes(whole_shape)
+            slices = source_slices(rule.pieces(shapes), parameter.shard, whole_shape, rule.parts)
+        except ConversionError as error:
+            problems.append(str(error))
+            continue
+        wrong = [_mismatch(name, shape, parameter.tensor.dtype, reader) for name, shape in shapes.items()]
+        problems += [text for text in wrong if text]
+        dtypes = {reader.dtype(name) for name in shapes} - {parameter.tensor.dtype}
+        tasks.append(_Task(parameter, slices, {f"{_short(dtype)} -> {_short(parameter.tensor.dtype)}" for dtype in dtypes}))
+    shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+    fail_on(shown, f"load {reader.directory}")
+    return tasks
+
+
+def _mismatch(name: str, shape: tuple[int, ...], dtype: torch.dtype, reader: CheckpointReader) -> str:
+    if reader.shape(name) != shape:
+        return f"{name} has shape {reader.shape(name)}, the model wants {shape}"
+    if reader.dtype(name) != dtype and not {reader.dtype(name), dtype} <= _FLOATS:
+        return f"{name} is {_short(reader.dtype(name))}, which cannot become {_short(dtype)} by a plain cast"
+    return ""
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_equal(drop: Drop, tasks: Iterable[_Task], reader: CheckpointReader) -> None:
+    """A dropped tensor against the rows of its equal that this rank holds; the ranks of a stage cover them all between them."""
+    if drop.equals is None:
+        return
+    for name in filter(drop.matches, reader.names):
+        same = reader.spec(name) == reader.spec(drop.equals)
+        parts = [part for task in tasks for part in task.slices if part.source == drop.equals]
+        if not same or not all(_equal_rows(name, part, reader) for part in parts):
+            raise ConversionError(
+                f"{reader.directory}: {name} differs from {drop.equals}, but they should be one ({drop.reason}); "
+                "the config does not describe this checkpoint: mend its tie_word_embeddings, or remove the tensor"
+            )
+
+
+def _equal_rows(name: str, part: SourceSlice, reader: CheckpointReader) -> bool:
+    assert part.source is not None
+    _, columns = _spans(part)
+    for start in range(part.start, part.stop, _COMPARE_ROWS):
+        rows = slice(start, min(start + _COMPARE_ROWS, part.stop))
+        ours, other = reader.read(part.source, rows, columns), reader.read(name, rows, columns)
+        if not torch.equal(ours.view(torch.uint8), other.view(torch.uint8)):
+            return False
+    return True

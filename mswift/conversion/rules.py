@@ -1,0 +1,211 @@
+"""Rules: how each megatron parameter is made of Hugging Face tensors. Written once, read in both directions.
+
+A rule speaks of whole, unsharded tensors and of nothing else: no ranks, no files, no communication, no direction. It says which rows of
+which Hugging Face (HF) tensors, in order, are the rows of one megatron parameter; from that follow loading, exporting, the slices that a
+tensor-parallel rank needs (`shards`), the accounting of what is missing or left over (`coverage`) and the form of an adapter (`adapters`).
+
+A rule changes places, never values. A family whose values differ (a norm stored around zero) will wrap a rule in one that keeps its pieces
+and adds the pair of maps; `load.fill` and `export` are the only two places that would call them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mswift.errors import ConversionError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``[start, stop)`` of the HF tensor ``source``; of zeros when ``source`` is None."""
+
+    source: str | None
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One megatron parameter, named ``target`` (global layer numbers), as a list of pieces along dim 0; a bias is the 1-D case.
+
+    ``parts``: the parameter is this many equal blocks of rows, each split over tensor-parallel ranks by itself.
+    ``exported``: False for a second copy of a tensor that another rule writes.
+    ``required``: False where a model may lack the parameter although the family lists the rule.
+    """
+
+    target: str
+    parts: ClassVar[int] = 1
+    exported: ClassVar[bool] = True
+    required: ClassVar[bool] = True
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The HF tensors that the rule reads, each once."""
+        raise NotImplementedError
+
+    def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
+        """The shape of every HF tensor, from that of the whole parameter.
+
+        Raises:
+            ConversionError: the rule cannot fill a parameter of this shape.
+        """
+        raise NotImplementedError
+
+    def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
+        """The rows of the whole parameter in order; ``source_shapes`` as `source_shapes` gives them."""
+        raise NotImplementedError
+
+    def _rows(self, target_shape: Shape, wanted: int | None = None) -> int:
+        if not target_shape:
+            raise ConversionError(f"{self.target} is a scalar; a rule needs at least one dimension")
+        if wanted is not None and target_shape[0] != wanted:
+            raise ConversionError(f"{self.target} has {target_shape[0]} rows, its rule makes {wanted}; the model and its rules disagree")
+        return target_shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Rename(Rule):
+    """The same tensor under another name.
+
+    Args:
+        source: HF name. columns: width of the HF tensor where megatron's is wider (padded query groups feed zeros into it); None: equal.
+    """
+
+    source: str
+    columns: int | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
+        self._rows(target_shape)
+        return {self.source: target_shape if self.columns is None else (target_shape[0], self.columns, *target_shape[2:])}
+
+    def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
+        return (Piece(self.source, 0, source_shapes[self.source][0]),)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedQKV(Rule):
+    """Query, key and value projections in megatron's order: per query group ``[its query heads; its key head; its value head]``.
+
+    Args:
+        q, k, v: HF names; rows are ``num_groups * heads_per_group * head_dim`` for q and ``num_groups * head_dim`` for k and v.
+        num_groups: key/value heads. heads_per_group: query heads that share one. head_dim: rows a head.
+        padded_groups: groups that megatron's parameter has, zeros from ``num_groups`` on; None: no padding.
+    """
+
+    q: str
+    k: str
+    v: str
+    num_groups: int
+    heads_per_group: int
+    head_dim: int
+    padded_groups: int | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.q, self.k, self.v)
+
+    @property
+    def _padding_rows(self) -> int:
+        return ((self.padded_groups or self.num_groups) - self.num_groups) * (self.heads_per_group + 2) * self.head_dim
+
+    def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
+        kv_rows = self.num_groups * self.head_dim
+        q_rows = kv_rows * self.heads_per_group
+        self._rows(target_shape, q_rows + 2 * kv_rows + self._padding_rows)
+        rest = target_shape[1:]
+        return {self.q: (q_rows, *rest), self.k: (kv_rows, *rest), self.v: (kv_rows, *rest)}
+
+    def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
+        q_step, kv_step = self.heads_per_group * self.head_dim, self.head_dim
+        steps = ((self.q, q_step), (self.k, kv_step), (self.v, kv_step))
+        real = [Piece(name, group * step, (group + 1) * step) for group in range(self.num_groups) for name, step in steps]
+        return (*real, Piece(None, 0, self._padding_rows)) if self._padding_rows else tuple(real)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedGateUp(Rule):
+    """Gate and up projections of a gated MLP: ``[gate; up]`` as a whole, ``[gate_i; up_i]`` on tensor-parallel rank i."""
+
+    gate: str
+    up: str
+    parts: ClassVar[int] = 2
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.gate, self.up)
+
+    def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
+        rows = self._rows(target_shape)
+        if rows % 2:
+            raise ConversionError(f"{self.target} has {rows} rows, its rule makes an even number (gate and up)")
+        half = (rows // 2, *target_shape[1:])
+        return {self.gate: half, self.up: half}
+
+    def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
+        return tuple(Piece(name, 0, source_shapes[name][0]) for name in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedVocab(Rule):
+    """A tensor with one row a token; megatron's has zero rows from ``vocab_size`` to ``padded_size`` so that ranks divide it."""
+
+    source: str
+    vocab_size: int
+    padded_size: int
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
+        if self.padded_size < self.vocab_size:
+            raise ConversionError(f"{self.target}: padded vocabulary of {self.padded_size} is smaller than the vocabulary of {self.vocab_size}")
+        self._rows(target_shape, self.padded_size)
+        return {self.source: (self.vocab_size, *target_shape[1:])}
+
+    def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
+        tokens = Piece(self.source, 0, self.vocab_size)
+        padding = Piece(None, 0, self.padded_size - self.vocab_size)
+        return (tokens, padding) if padding.rows else (tokens,)
+
+
+@dataclass(frozen=True, slots=True)
+class TiedHead(PaddedVocab):
+    """The output layer of a tied model: a copy of the embedding, which the last of several pipeline stages holds; never exported."""
+
+    exported: ClassVar[bool] = False
+    required: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """HF tensors that have no counterpart and are left out.
+
+    Args:
+        pattern: regular expression that a whole HF name matches.
+        reason: why nothing is lost, for the reader of the rules.
+        equals: an HF tensor that a dropped one must equal bit for bit, as the head of a tied model its embedding.
+    """
+
+    pattern: str
+    reason: str
+    equals: str | None = None
+
+    def matches(self, name: str) -> bool:
+        return re.fullmatch(self.pattern, name) is not None
+
+
+AnyRule = Rule | Drop

@@ -1,0 +1,401 @@
+"""Safetensors files, read by slice and written by stream: a rank moves only the bytes it keeps, one tensor at a time.
+
+Reading goes through plain positioned reads into the destination, not through a memory map: a file that shrinks underneath is an error
+rather than a crash, and network file systems read ahead. The format: 8 bytes of header length, JSON with ``dtype``, ``shape`` and
+``data_offsets`` of every tensor, then the bytes without a hole (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+
+from mswift.conversion.rules import Shape
+from mswift.errors import ConversionError, ModelError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+METADATA = {"format": "pt"}
+_MAX_HEADER = 100_000_000  # the limit of the reference implementation
+_LFS_POINTER = b"version https://git-lfs"
+
+_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Type and shape of a tensor that is in a file, or will be."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, as bytes."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+class SafetensorsFile:
+    """One open file: its header is checked against its size at once, its bytes are read when asked for.
+
+    Raises:
+        ModelError: the file is absent, truncated or corrupt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (stays open as long as the object)
+        except OSError as error:
+            raise ModelError(f"cannot open {path}: {error.strerror}; check the path and its permissions") from None
+        try:
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        start = self._file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise ModelError(f"{self.path} is a git-lfs pointer, wanted the weights themselves; run `git lfs pull` in its directory")
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise self._damaged(f"{size} bytes do not hold its header")
+        self._file.seek(8)
+        try:
+            header = json.loads(self._file.read(length))
+            self.metadata: dict[str, str] = dict(header.pop("__metadata__", None) or {})
+            spans = [(int(begin), int(stop), name) for name, entry in header.items() for begin, stop in [entry["data_offsets"]]]
+            types = {name: str(entry["dtype"]) for name, entry in header.items()}
+            shapes = {name: tuple(int(size) for size in entry["shape"]) for name, entry in header.items()}
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            raise self._damaged("its header is not that of a safetensors file") from None
+        unknown = sorted(set(types.values()) - set(_DTYPES))
+        if unknown:
+            raise ModelError(f"{self.path} has tensors of {listing('unknown type', unknown)}; known are {', '.join(_DTYPES)}")
+        self.specs = {name: TensorSpec(_DTYPES[types[name]], shapes[name]) for name in header}
+        self._offsets = self._check_spans(spans, 8 + length, size)
+
+    def _check_spans(self, spans: list[tuple[int, int, str]], start: int, size: int) -> dict[str, int]:
+        end = 0
+        for begin, stop, name in sorted(spans):
+            if begin != end or stop - begin != self.specs[name].nbytes:
+                raise self._damaged(f"the bytes of {name} do not fit its shape and its neighbours")
+            end = stop
+        if start + end != size:
+            raise self._damaged(f"it has {size} bytes, its header describes {start + end}")
+        return {name: start + begin for begin, _, name in spans}
+
+    def _damaged(self, what: str) -> ModelError:
+        return ModelError(f"{self.path} is truncated or corrupt: {what}; download or copy it again")
+
+    def read_into(self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
+        """Fill ``out`` with rows ``[start, stop)`` of dim 0 and columns ``[start, stop)`` of dim 1, reading no other bytes.
+
+        Args:
+            out: contiguous, on the CPU, of the file's dtype and of the shape of the slice.
+
+        Raises:
+            ModelError: the file cannot be read, or has become shorter than its header says.
+        """
+        spec = self.specs[name]
+        first, last = _span(rows, spec.shape[0] if spec.shape else 1)
+        view, begin = bytes_of(out), self._offsets[name] + first * spec.row_bytes
+        if columns is None:
+            runs, run, step, skip = 1, (last - first) * spec.row_bytes, 0, 0
+        else:
+            low, high = _span(columns, spec.shape[1])
+            column = math.prod(spec.shape[2:]) * spec.dtype.itemsize
+            runs, run, step, skip = last - first, (high - low) * column, spec.row_bytes, low * column
+        assert out.dtype == spec.dtype, f"{name} is {spec.dtype}, its destination {out.dtype}"
+        assert view.nbytes == runs * run, f"{name}: the slice has {runs * run} bytes, its destination {view.nbytes}"
+        for index in range(runs):
+            self._read_exactly(view[index * run : (index + 1) * run], begin + index * step + skip)
+
+    def _read_exactly(self, view: memoryview, offset: int) -> None:
+        while view:
+            try:
+                count = os.preadv(self._file.fileno(), [view], offset)
+            except OSError as error:
+                raise ModelError(f"cannot read {self.path}: {error.strerror}; check the disk, or copy the file again") from None
+            if count == 0:
+                raise self._damaged("it became shorter while it was read")
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _span(part: slice | None, size: int) -> tuple[int, int]:
+    start, stop, _ = (part or slice(None)).indices(size)
+    return start, max(start, stop)
+
+
+def sliced_shape(shape: Shape, rows: slice | None, columns: slice | None) -> Shape:
+    """The shape that is left of ``shape`` after slicing dim 0 and dim 1 (step 1)."""
+    spans = [_span(part, size) for part, size in zip((rows, columns), shape)]
+    return tuple(stop - start for start, stop in spans) + shape[2:]
+
+
+class CheckpointReader:
+    """The safetensors of an HF model directory, as one set of named tensors. Opening reads the headers only.
+
+    Args:
+        directory: with ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` and its files.
+
+    Raises:
+        ModelError: anything of that is missing, truncated, corrupt or at odds with the index; or only pickle weights are there.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._files: dict[str, SafetensorsFile] = {}
+        self._where: dict[str, SafetensorsFile] = {}
+        _check_directory(self.directory)
+        try:
+            if (self.directory / SINGLE_FILE).is_file():
+                self._add(SINGLE_FILE)
+            else:
+                self._add_indexed(_read_index(self.directory / INDEX_FILE))
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, filename: str) -> None:
+        self._files[filename] = SafetensorsFile(self.directory / filename)
+        self._where.update(dict.fromkeys(self._files[filename].specs, self._files[filename]))
+
+    def _add_indexed(self, weight_map: dict[str, str]) -> None:
+        filenames = sorted(set(weight_map.values()))
+        absent = [name for name in filenames if Path(name).name != name or not (self.directory / name).is_file()]
+        if absent:
+            raise ModelError(f"{self.directory / INDEX_FILE} names {listing('absent file', absent)}; download the model again")
+        for filename in filenames:
+            self._add(filename)
+        wrong = [name for name, filename in weight_map.items() if name not in self._files[filename].specs]
+        if wrong:
+            raise ModelError(f"{self.directory / INDEX_FILE} names {listing('tensor', wrong)} absent from the files; download the model again")
+        self._where.update({name: self._files[filename] for name, filename in weight_map.items()})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, in file order."""
+        return list(self._where)
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._where[name].specs[name]
+
+    def shape(self, name: str) -> Shape:
+        return self.spec(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.spec(name).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.spec(name).nbytes for name in self._where)
+
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
+        """A new tensor of the file's dtype: rows ``[start, stop)`` of dim 0 and columns ``[start, stop)`` of dim 1."""
+        spec = self.spec(name)
+        out = torch.empty(sliced_shape(spec.shape, rows, columns), dtype=spec.dtype)
+        self.read_into(name, out, rows, columns)
+        return out
+
+    def read_into(self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
+        """`SafetensorsFile.read_into` of whichever file holds the tensor."""
+        self._where[name].read_into(name, out, rows, columns)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def listing(what: str, names: Iterable[str], limit: int = 8) -> str:
+    """``3 absent tensors (a, b, c)``; past ``limit`` names the rest is a number."""
+    all_names = sorted(names)
+    shown = ", ".join(all_names[:limit]) + (f" and {len(all_names) - limit} more" if len(all_names) > limit else "")
+    return f"{len(all_names)} {what}{'s' if len(all_names) != 1 else ''} ({shown})"
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise ModelError(f"model directory {directory} {'is a file' if directory.exists() else 'does not exist'}; give the directory of a checkpoint")
+    entries = sorted(path.name for path in directory.iterdir())
+    if not entries:
+        raise ModelError(f"model directory {directory} is empty; wanted config.json and {SINGLE_FILE}")
+    if "config.json" not in entries:
+        raise ModelError(f"model directory {directory} has no config.json; give the directory of a Hugging Face checkpoint")
+    if SINGLE_FILE in entries or INDEX_FILE in entries:
+        return
+    pickles = [name for name in entries if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
+    others = [name for name in entries if name.endswith(".safetensors")]
+    if others:
+        raise ModelError(f"{directory} has {listing('safetensors file', others)} but neither {SINGLE_FILE} nor {INDEX_FILE}; download the index too")
+    if pickles:
+        raise ModelError(
+            f"{directory} has its weights as pickle only ({pickles[0]}), which can run code; save it again as safetensors with transformers: "
+            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+        )
+    raise ModelError(f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}; download the weights too")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError):
+        weight_map = None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(value, str) for value in weight_map.values()):
+        raise ModelError(f"{path} is not the index of a checkpoint (no weight_map); download it again")
+    return weight_map
+
+
+class ShardWriter:
+    """One safetensors file whose header is known beforehand; rows arrive in any order and go straight to their place.
+
+    A context manager: leaving it with an error removes the file; leaving it well checks that every byte was written.
+
+    Args:
+        path: is created or replaced. specs: all tensors of the file; larger element types come first, so that all are aligned.
+
+    Raises:
+        ConversionError: the disk is full or the file cannot be written; a tensor that does not fit its spec; rows left unwritten.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)  # stable: names of one type keep their order
+        self._specs = {name: specs[name] for name in order}
+        header, self._offsets, size = _layout(self._specs, METADATA if metadata is None else metadata)
+        self._missing = {name: spec.nbytes for name, spec in self._specs.items()}
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as error:
+            raise ConversionError(f"cannot write {path}: {error.strerror}; free some space or choose another directory") from None
+        try:
+            os.ftruncate(self._fd, size)
+            self._write_all(memoryview(header), 0)
+        except OSError as error:
+            self.discard()
+            raise self._failed(error) from None
+
+    def write(self, name: str, tensor: torch.Tensor, start_row: int = 0) -> int:
+        """Put ``tensor`` at row ``start_row`` of ``name``; any device, the dtype of the spec. Returns the bytes written."""
+        spec = self._specs[name]
+        rows = tuple(tensor.shape[:1])
+        if tensor.dtype != spec.dtype or tensor.shape[1:] != spec.shape[1:] or start_row + sum(rows) > sum(spec.shape[:1]):
+            got = f"{tensor.dtype} {tuple(tensor.shape)} at row {start_row}"
+            raise ConversionError(f"{self.path}: {name} wants {spec.dtype} {spec.shape}, got {got}; the model and its rules disagree")
+        view = bytes_of(tensor.detach().cpu().contiguous())
+        try:
+            self._write_all(view, self._offsets[name] + start_row * spec.row_bytes)
+        except OSError as error:
+            raise self._failed(error) from None
+        self._missing[name] -= view.nbytes
+        return view.nbytes
+
+    def _write_all(self, view: memoryview, offset: int) -> None:
+        while view:
+            count = os.pwrite(self._fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def _failed(self, error: OSError) -> ConversionError:
+        return ConversionError(f"cannot write {self.path}: {error.strerror}; free some space or choose another directory")
+
+    def close(self) -> None:
+        """Close the file, complete.
+
+        Raises:
+            ConversionError: some rows were never written, or were written twice.
+        """
+        wrong = [name for name, left in self._missing.items() if left]
+        if wrong:
+            self.discard()
+            raise ConversionError(f"{self.path}: {listing('incomplete tensor', wrong)}; the model and its rules disagree")
+        try:
+            os.close(self._fd)
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            raise self._failed(error) from None
+
+    def discard(self) -> None:
+        """Close and remove the file."""
+        os.close(self._fd)
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+def _layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The first bytes of the file, where each tensor begins, and the size of the whole."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets, end = {}, 0
+    for name, spec in specs.items():
+        if spec.dtype not in _NAMES:
+            raise ConversionError(f"{name} has dtype {spec.dtype}, which safetensors cannot hold; convert it first")
+        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        offsets[name], end = end, end + spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in offsets.items()}, start + end
+
+
+def save_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write whole tensors as one file."""
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with ShardWriter(path, specs, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)

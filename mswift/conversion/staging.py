@@ -1,0 +1,107 @@
+"""Directories that appear whole or not at all: written beside the target under a temporary name, then renamed once."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mswift.errors import ConversionError
+
+_OURS = ("config.json", "adapter_config.json")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes from ``5GB`` (10^9), ``5GiB`` (2^30) or a number.
+
+    Raises:
+        ConversionError: not a size, or not above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", str(size).upper())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if count <= 0:
+        raise ConversionError(f"size {size!r} is not understood; write a number of bytes, 500MB, 5GB or 5GiB")
+    return count
+
+
+def check_target(directory: Path, exist_ok: bool) -> None:
+    """Refuse a target that would overwrite something.
+
+    Raises:
+        ConversionError: a file, or a directory that is not empty; with ``exist_ok``, one that holds no earlier export.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConversionError(f"output {directory} is a file; give a directory")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not exist_ok:
+        raise ConversionError(f"output directory {directory} is not empty; choose another one or allow it to be replaced")
+    if not any((directory / name).is_file() for name in _OURS):
+        raise ConversionError(f"output directory {directory} holds something other than a model ({' or '.join(_OURS)}); choose another one")
+
+
+def check_space(directory: Path, nbytes: int) -> None:
+    """Refuse to begin what cannot be finished; ``directory`` exists.
+
+    Raises:
+        ConversionError: less than ``nbytes`` are free.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise ConversionError(
+            f"{nbytes / 1e9:.2f} GB are to be written and {directory} has {free / 1e9:.2f} GB free; free some or choose another disk"
+        )
+
+
+def make_temporary(directory: Path) -> Path:
+    """A new directory beside ``directory``, readable like any other; missing parents are made."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+    except OSError as error:
+        raise ConversionError(f"cannot write beside {directory}: {error.strerror}; choose another output directory") from None
+    return temporary
+
+
+def publish(temporary: Path, directory: Path) -> None:
+    """Make ``temporary`` appear as ``directory`` by a rename; what was there goes away only afterwards."""
+    old = temporary.with_suffix(".old")
+    try:
+        if directory.is_dir() and any(directory.iterdir()):
+            os.rename(directory, old)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if old.is_dir():
+                os.rename(old, directory)
+            raise
+    except OSError as error:
+        raise ConversionError(f"cannot make {directory} visible: {error.strerror}; choose another output directory") from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def staged(directory: Path, exist_ok: bool = False, nbytes: int = 0) -> Iterator[Path]:
+    """For one process: yields the temporary directory, publishes it at the end, removes it on any error.
+
+    Raises:
+        ConversionError: the target is taken, the disk is full, or a file cannot be written.
+    """
+    check_target(directory, exist_ok)
+    temporary = make_temporary(directory)
+    try:
+        check_space(temporary, nbytes)
+        yield temporary
+        publish(temporary, directory)
+    except OSError as error:
+        raise ConversionError(f"cannot write {directory}: {error.strerror}; free some space or choose another directory") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

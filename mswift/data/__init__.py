@@ -1,0 +1,24 @@
+"""Rows from files and hubs, encoded once, handed out as micro batches by the number of the step.
+
+`mswift.data.batches` is not imported here: it is the one module of this room that needs torch.
+"""
+
+from __future__ import annotations
+
+from mswift.data.dataset import EncodedDataset, LengthReport, encode_dataset, load_dataset, split
+from mswift.data.rows import Row, normalise
+from mswift.data.sources import RawRow, SourceSpec, parse_spec, read_source
+
+__all__ = [
+    "EncodedDataset",
+    "LengthReport",
+    "RawRow",
+    "Row",
+    "SourceSpec",
+    "encode_dataset",
+    "load_dataset",
+    "normalise",
+    "parse_spec",
+    "read_source",
+    "split",
+]

@@ -1,0 +1,112 @@
+"""What became of every row: kept, cut, or dropped and why, per source, with a file that names each dropped row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPORT_NAME = "dropped_rows.txt"
+
+
+@dataclass(slots=True)
+class SourceCount:
+    """Training rows of one source, counted."""
+
+    kept: int = 0
+    truncated: int = 0
+    too_long: int = 0
+    nothing_to_train: int = 0
+    refused: int = 0
+
+    @property
+    def dropped(self) -> int:
+        return self.too_long + self.nothing_to_train + self.refused
+
+
+@dataclass(slots=True)
+class LengthReport:
+    """Counts and places; lengths are in tokens, before cutting.
+
+    Attributes:
+        max_length: the limit, ``None`` = none. truncation: ``delete``, ``left`` or ``right``.
+        sources: counts by source name, in order of appearance (``truncated`` rows are among the ``kept``).
+        shortest, longest: lengths over all rows that the template could encode; 0 where there are none.
+        dropped: source, line and reason of each dropped row.
+    """
+
+    max_length: int | None
+    truncation: str
+    sources: dict[str, SourceCount] = field(default_factory=dict)
+    shortest: int = 0
+    longest: int = 0
+    dropped: list[tuple[str, int, str]] = field(default_factory=list)
+
+    @property
+    def num_kept(self) -> int:
+        return sum(count.kept for count in self.sources.values())
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(count.truncated for count in self.sources.values())
+
+    @property
+    def num_dropped(self) -> int:
+        return len(self.dropped)
+
+    def kept(self, source: str, length: int) -> None:
+        count = self._seen(source, length)
+        count.kept += 1
+        count.truncated += self.max_length is not None and length > self.max_length
+
+    def too_long(self, source: str, line: int, length: int) -> None:
+        self._seen(source, length).too_long += 1
+        self.dropped.append((source, line, f"too long: {length} tokens, max_length {self.max_length}"))
+
+    def nothing_to_train(self, source: str, line: int, length: int) -> None:
+        self._seen(source, length).nothing_to_train += 1
+        cut = self.max_length is not None and length > self.max_length
+        reason = f"cut {self.truncation} from {length} to {self.max_length} tokens, it has" if cut else "it has"
+        self.dropped.append((source, line, f"nothing to train: {reason} no token with a weight"))
+
+    def refused(self, source: str, line: int, reason: str) -> None:
+        self.sources.setdefault(source, SourceCount()).refused += 1
+        self.dropped.append((source, line, reason))
+
+    def write(self, directory: str | Path) -> Path | None:
+        """Writes ``dropped_rows.txt`` (``file:line``, a tab, the reason) into ``directory``; ``None`` where no row was dropped."""
+        if not self.dropped:
+            return None
+        path = Path(directory) / REPORT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{source}:{line}\t{reason}\n" for source, line, reason in self.dropped), encoding="utf-8")
+        return path
+
+    def lines(self) -> list[str]:
+        """One line a source for the user: ``a.jsonl: 380 rows kept (2 cut right), 26 dropped (20 too long, 6 refused)``."""
+        return [f"{name}: {_counted(count, self.truncation)}" for name, count in self.sources.items()]
+
+    def nothing_left(self, path: Path | None) -> str:
+        """The error text for a data set of which no row is left."""
+        at = f"; the row numbers are in {path}" if path is not None else ""
+        if not self.dropped:
+            return "there are no rows to encode; check --dataset"
+        if all(count.dropped == count.too_long for count in self.sources.values()):
+            return (
+                f"all {self.num_dropped} rows exceed max_length {self.max_length} (shortest {self.shortest}, longest {self.longest} tokens); "
+                f"raise --max_length to at least {self.shortest}, or cut with --truncation_strategy right or left{at}"
+            )
+        return f"no row is left to train on: {', '.join(self.lines())}; raise --max_length or check the rows{at}"
+
+    def _seen(self, source: str, length: int) -> SourceCount:
+        self.shortest = min(self.shortest or length, length)
+        self.longest = max(self.longest, length)
+        return self.sources.setdefault(source, SourceCount())
+
+
+def _counted(count: SourceCount, truncation: str) -> str:
+    text = f"{count.kept} rows kept"
+    if count.truncated:
+        text += f" ({count.truncated} cut {truncation})"
+    reasons = {"too long": count.too_long, "with nothing to train": count.nothing_to_train, "refused by the template": count.refused}
+    listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
+    return f"{text}, {count.dropped} dropped ({listed})" if count.dropped else text

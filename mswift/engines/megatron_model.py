@@ -1,0 +1,230 @@
+"""A megatron model read from a Hugging Face directory: load, adapt, export. Training and generation both start here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mswift.conversion.adapters import lora_from_peft, lora_to_peft, unplaced_modules
+from mswift.conversion.collective import ExportGroups, agree
+from mswift.conversion.coverage import rules_by_target
+from mswift.conversion.export import ExportParameter, ExportReport, export_model
+from mswift.conversion.load import LoadReport, LocalParameter, Progress, all_names, load_weights
+from mswift.conversion.peft_io import read_peft, write_peft
+from mswift.conversion.rules import AnyRule
+from mswift.conversion.safetensors_io import CheckpointReader
+from mswift.errors import ConfigError, ModelError, MswiftError
+from mswift.families import find_family
+from mswift.families.base import HfConfig, MegatronDescription, ModelFamily
+from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, shard_of, transformer_config
+from mswift.families.modules import CausalLM
+from mswift.log import is_main_process
+from mswift.parallel.groups import Groups
+from mswift.runtime.device import Runtime
+from mswift.tuners.lora import ALL_LINEAR, LoraLinear, LoraSettings, add_lora, lora_modules
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How to hold a checkpoint in memory.
+
+    Args:
+        directory: Hugging Face directory. dtype: ``bfloat16``, ``float32`` or None for the checkpoint's own.
+        sequence_parallel: split activations over tensor-parallel ranks between the products.
+        transformer: further TransformerConfig fields (recomputation).
+    """
+
+    directory: Path
+    dtype: str | None = None
+    sequence_parallel: bool = False
+    trust_remote_code: bool = False
+    transformer: dict[str, Any] | None = None
+
+
+class MegatronModel:
+    """The chunks of one rank, and everything that is needed to write them back.
+
+    Attributes:
+        chunks: the model chunks of this rank. family, hf_config, description: what the checkpoint is.
+        lora: settings of the adapters in the chunks, or None.
+    """
+
+    def __init__(self, settings: BuildSettings, groups: Groups, runtime: Runtime, *, progress: Progress | None = None) -> None:
+        self.settings, self.groups, self.runtime = settings, groups, runtime
+        self.reader = CheckpointReader(settings.directory)
+        self.hf_config: HfConfig = read_hf_config(settings.directory, trust_remote_code=settings.trust_remote_code)
+        self.family: ModelFamily = find_family(self.hf_config.architectures, str(settings.directory))
+        self.description: MegatronDescription = self.family.describe(self.hf_config)
+        self.dtype = _choose_dtype(settings, self.hf_config)
+        self.config = transformer_config(
+            self.description, groups, runtime, dtype=self.dtype, sequence_parallel=settings.sequence_parallel, **(settings.transformer or {})
+        )
+        self.rules: tuple[AnyRule, ...] = self.family.rules(self.hf_config, self.description.padding(groups.layout.tp))
+        self.chunks: list[CausalLM] = build_model(self.description, self.config, groups)
+        self.lora: LoraSettings | None = None
+        local = self._local_parameters()
+        self.load_report: LoadReport = load_weights(local, self.rules, self.reader, model_parameters=all_names(local), progress=progress)
+
+    @property
+    def padded_heads(self) -> str:
+        """One line on attention heads that were added so that the layout divides them; empty where none were."""
+        real, padded = self.description.transformer["num_query_groups"], self.config.num_query_groups
+        if real == padded:
+            return ""
+        heads = real * self.description.heads_per_group
+        return f"{heads} attention heads padded to {self.config.num_attention_heads} for tp{self.groups.layout.tp}; zeros, exact, cut off on export"
+
+    def _local_parameters(self) -> list[LocalParameter]:
+        found = (entry for chunk in self.chunks for entry in base_parameters(chunk, self.groups))
+        return [LocalParameter(name, parameter.data, shard) for name, parameter, shard in found]
+
+    def add_lora(self, settings: LoraSettings) -> list[str]:
+        """Freeze the base and wrap the target layers; returns their global names.
+
+        Raises:
+            ConfigError: no module of this model is a target.
+        """
+        wrapped = [name for chunk in self.chunks for name in add_lora(chunk, settings, lambda name, chunk=chunk: global_name(chunk, name))]
+        if not wrapped:
+            raise ConfigError(f"--target_modules {' '.join(settings.targets)}: no layer of this model has such a name; use all-linear")
+        self.lora = settings
+        return wrapped
+
+    def adapters(self) -> Iterator[tuple[str, LoraLinear]]:
+        """(global name of the wrapped weight, module) on this rank."""
+        for chunk in self.chunks:
+            for name, module in lora_modules(chunk):
+                yield f"{global_name(chunk, name)}.weight", module
+
+    def load_adapter(self, directory: Path, *, dropout: float = 0.0) -> None:
+        """Put a PEFT adapter into the model, exactly: separate A matrices of fused layers are stacked, the scale is kept.
+
+        Raises:
+            ModelError: the adapter was made for modules that this model does not have.
+        """
+        peft = read_peft(directory)
+        lost = sorted(unplaced_modules(self.rules, peft.tensors))
+        if lost:
+            raise ModelError(f"{directory}: {len(lost)} adapted modules ({lost[0]}, ...) are not in this {self.family.name} model; give its own base")
+        shapes = {name: self._whole_shape(name, parameter) for name, parameter in self._wrappable().items()}
+        rules = rules_by_target(self.rules)
+        fused = {name: pair for name, shape in shapes.items() if (pair := lora_from_peft(rules[name], peft.tensors, shape)) is not None}
+        ranks = [0] * dist.get_world_size()
+        dist.all_gather_object(ranks, max((a.shape[0] for a, _ in fused.values()), default=0))
+        targets: list[tuple[str, ...]] = [()] * dist.get_world_size()
+        dist.all_gather_object(targets, tuple(dict.fromkeys(name.split(".")[-2] for name in fused)))
+        wanted = {target for names in targets for target in names}
+        rank = max(ranks)
+        self.add_lora(LoraSettings(rank=rank, alpha=peft.scale * rank, dropout=dropout, targets=tuple(name for name in ALL_LINEAR if name in wanted)))
+        for name, module in self.adapters():
+            module.load(*fused.get(name, (None, None)))
+
+    def _wrappable(self) -> dict[str, nn.Parameter]:
+        found = {name: parameter for chunk in self.chunks for name, parameter, _ in base_parameters(chunk, self.groups)}
+        return {name: parameter for name, parameter in found.items() if name.split(".")[-2] in ALL_LINEAR and name.endswith(".weight")}
+
+    def _whole_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+        return shard_of(parameter, self.groups).whole_shape(parameter.shape)
+
+    def export_adapter(self, directory: Path, *, base_model: str) -> None:
+        """Write the adapter as a PEFT directory; every rank calls it, the main process writes (an adapter is a few MiB)."""
+        assert self.lora is not None
+        rules = rules_by_target(self.rules)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, module in self.adapters():
+            whole = self._gather_adapter(module)
+            if whole is not None:
+                tensors.update(lora_to_peft(rules[name], *whole))
+        parts: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, tensors)
+        error: Exception | None = None
+        if is_main_process():
+            everything = {name: tensor for part in parts for name, tensor in part.items()}
+            lora = self.lora
+            scale = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "use_rslora": lora.use_rslora}
+            try:
+                write_peft(directory, everything, base_model=base_model, extra_files=self.tokenizer_files(), **scale)
+            except (OSError, MswiftError) as failure:
+                error = failure
+        agree(error, self._export_groups())
+
+    def _gather_adapter(self, module: LoraLinear) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(A, B) whole on tensor-parallel rank 0 of data-parallel rank 0, None elsewhere."""
+        whole = []
+        for parameter in (module.lora_a, module.lora_b):
+            shard = shard_of(parameter, self.groups)
+            tensor = parameter.detach()
+            if shard.dim is not None and shard.size > 1:
+                pieces = [torch.empty_like(tensor) for _ in range(shard.size)]
+                dist.all_gather(pieces, tensor.contiguous(), group=self.groups.tp)
+                tensor = torch.cat(pieces, shard.dim)
+            whole.append(tensor.cpu())
+        return (whole[0], whole[1]) if self.groups.coords.tp == 0 and self.groups.coords.dp == 0 else None
+
+    def tokenizer_files(self) -> list[Path]:
+        """Tokenizer, chat template and generation config of the checkpoint, to be copied beside what is exported."""
+        return [path for name in TOKENIZER_FILES if (path := self.settings.directory / name).is_file()]
+
+    def _export_groups(self) -> ExportGroups:
+        layout, coords = self.groups.layout, self.groups.coords
+        return ExportGroups(
+            tp_group=self.groups.tp if layout.tp > 1 else None,
+            tp_rank=coords.tp,
+            tp_size=layout.tp,
+            stage=coords.pp,
+            num_stages=layout.pp,
+            replica=coords.dp,
+            num_replicas=layout.dp,
+        )
+
+    def export_merged(self, directory: Path, *, max_shard_size: str, exist_ok: bool = False, progress: Progress | None = None) -> ExportReport:
+        """Write the model, adapters merged in fp32 and rounded once, as a sharded Hugging Face directory; every rank writes its share."""
+        merged = dict(self.adapters())
+        parameters = []
+        for chunk in self.chunks:
+            for name, parameter, shard in base_parameters(chunk, self.groups):
+                value = merged[name].merged_weight if name in merged else parameter.detach
+                parameters.append(ExportParameter(name, tuple(parameter.shape), parameter.dtype, shard, value))
+        return export_model(
+            parameters,
+            self.rules,
+            directory,
+            config=json.loads((self.settings.directory / "config.json").read_text(encoding="utf8")),
+            groups=self._export_groups(),
+            extra_files=self.tokenizer_files(),
+            max_shard_size=max_shard_size,
+            exist_ok=exist_ok,
+            progress=progress,
+        )
+
+
+def _choose_dtype(settings: BuildSettings, hf_config: HfConfig) -> torch.dtype:
+    """The wanted dtype, else the checkpoint's own; half precision is trained in neither engine.
+
+    Raises:
+        ConfigError: anything but bfloat16 and float32.
+    """
+    name = settings.dtype or str(hf_config.dtype or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"--torch_dtype: got {name}, wanted one of {', '.join(DTYPES)}; give it to hold this checkpoint in another dtype")
+    return DTYPES[name]

@@ -1,0 +1,158 @@
+"""The only place that builds a megatron model: layer spec, configuration, partition attributes, and names over all pipeline stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import nn
+
+from mswift.conversion.shards import Shard
+from mswift.errors import ModelError
+from mswift.families.base import HfConfig, MegatronDescription, find_family
+from mswift.families.modules import BiasedColumnParallelLinear, BiasedRowParallelLinear, CausalLM, RMSNorm, SdpaAttention
+from mswift.parallel.groups import Groups
+from mswift.runtime.device import Runtime
+
+
+def read_hf_config(directory: Path, *, trust_remote_code: bool = False) -> HfConfig:
+    """The transformers config of a checkpoint directory, refused early if no family covers it.
+
+    Raises:
+        ModelError: config.json is unreadable, or the architecture is not supported.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}/config.json cannot be read: {str(error).splitlines()[0]}; wanted a Hugging Face config") from error
+    find_family(raw.get("architectures"), str(directory))
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{directory}/config.json is not a valid {raw.get('model_type')} config: {str(error).splitlines()[0]}") from error
+
+
+def transformer_config(
+    description: MegatronDescription, groups: Groups, runtime: Runtime, *, dtype: torch.dtype, sequence_parallel: bool = False, **extra: Any
+) -> TransformerConfig:
+    """megatron-core's configuration for this model, layout, device and dtype; `extra` fields (recomputation) are added.
+
+    Raises:
+        LayoutError: the layout does not divide the model. ConfigError: a setting that the device cannot run exactly.
+    """
+    layout = groups.layout
+    fields = description.transformer
+    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"])
+    groups_of_queries = description.padding(layout.tp).groups
+    settings = {
+        **runtime.transformer_settings(pp=layout.pp, vpp=layout.vpp),
+        **fields,
+        "num_query_groups": groups_of_queries,
+        "num_attention_heads": groups_of_queries * description.heads_per_group,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "sequence_parallel": sequence_parallel and layout.tp > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "perform_initialization": False,  # every parameter is read from the checkpoint, or the run fails
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": layout.pp > 1,  # micro batches are padded to their own longest row
+        **extra,
+    }
+    runtime.check_settings(settings, tp=layout.tp, vpp=layout.vpp)
+    return TransformerConfig(**settings)
+
+
+def _layer_spec(config: TransformerConfig, description: MegatronDescription) -> ModuleSpec:
+    """megatron's own local spec with our norm, core attention and, where the family has them, biased linears."""
+    spec = get_gpt_layer_local_spec(num_experts=None, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    block = spec.submodules
+    block.input_layernorm = block.pre_mlp_layernorm = RMSNorm
+    attention, mlp = block.self_attention.submodules, block.mlp.submodules
+    attention.core_attention = SdpaAttention
+    for name in ("q_layernorm", "k_layernorm"):
+        if vars(attention)[name] is not IdentityOp and config.qk_layernorm:
+            setattr(attention, name, RMSNorm)
+    if description.output_bias:
+        attention.linear_proj = BiasedRowParallelLinear
+    if description.mlp_bias:
+        mlp.linear_fc1, mlp.linear_fc2 = BiasedColumnParallelLinear, BiasedRowParallelLinear
+    return spec
+
+
+def build_model(description: MegatronDescription, config: TransformerConfig, groups: Groups) -> list[CausalLM]:
+    """The model chunks of this rank (one, or one for each virtual stage), with uninitialised weights."""
+    layout = groups.layout
+    chunks = []
+    for stage in range(layout.vpp):
+        vp_stage = stage if layout.vpp > 1 else None
+        spec = _layer_spec(config, description)
+        layers = get_num_layers_to_build(config, vp_stage)
+        model = CausalLM(
+            config,
+            TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm),
+            vocab_size=description.padding(layout.tp).vocab,
+            true_vocab_size=description.vocab_size,
+            max_sequence_length=description.max_sequence_length,
+            pre_process=groups.is_first_stage and stage == 0,
+            post_process=groups.is_last_stage and stage == layout.vpp - 1,
+            share_embeddings_and_output_weights=description.tied,
+            position_embedding_type="rope",
+            pg_collection=groups.collection,
+            vp_stage=vp_stage,
+        )
+        model.rotary_pos_emb.inv_freq = description.inv_freq.to(model.rotary_pos_emb.inv_freq.device)
+        _mark_partitions(model)
+        chunks.append(model)
+    return chunks
+
+
+def _mark_partitions(model: nn.Module) -> None:
+    """Say which dim of each weight is split over tensor-parallel ranks.
+
+    megatron-core does this while it initialises a weight and forgets it when initialisation is off; its optimizer would then count split
+    gradients as replicated ones.
+    """
+    dims: list[tuple[type[nn.Module], int]] = [(ColumnParallelLinear, 0), (VocabParallelEmbedding, 0), (RowParallelLinear, 1)]
+    for module in model.modules():
+        for kind, dim in dims:
+            if isinstance(module, kind) and module.weight is not None and "tensor_model_parallel" not in vars(module.weight):
+                set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
+def global_name(model: CausalLM, name: str) -> str:
+    """The name of a local parameter or module over all pipeline stages; the layer of an adapter's base is not told apart."""
+
+    def renumber(match: re.Match[str]) -> str:
+        return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
+
+    return re.sub(r"^decoder\.layers\.(\d+)\.", renumber, name).replace(".base_layer.", ".")
+
+
+def base_parameters(model: CausalLM, groups: Groups) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+    """(global name, parameter, which part of the whole it is) of every weight that a checkpoint has; adapters are left out."""
+    for name, parameter in model.named_parameters():
+        if name.endswith((".lora_a", ".lora_b")):
+            continue
+        yield global_name(model, name), parameter, shard_of(parameter, groups)
+
+
+def shard_of(parameter: nn.Parameter, groups: Groups) -> Shard:
+    """Which part of the whole tensor this rank holds, from megatron's own attributes."""
+    return Shard.of(parameter, groups.coords.tp, groups.layout.tp)

@@ -1,0 +1,100 @@
+"""`ParallelLayout`: which rank does what, as a value that is checked when it is made. No torch, no processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mswift.errors import LayoutError
+
+
+@dataclass(frozen=True, slots=True)
+class RankCoords:
+    """Where one rank stands on each mesh axis."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """Sizes of the mesh axes; megatron-core's rank order, ``tp`` fastest, then ``cp``, ``dp``, ``pp``.
+
+    Args:
+        world: number of processes.
+        tp: tensor-parallel size. pp: pipeline stages. vpp: virtual stages a pipeline rank holds (1 = none).
+        cp: context-parallel size. ep: expert-parallel size. etp: tensor-parallel size inside the experts (None = 1 with experts spread, else tp).
+
+    Raises:
+        LayoutError: a size below 1, or a product that does not divide the world; every factor is printed.
+    """
+
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep, "etp": self.expert_tp, "world": self.world}
+        for axis, size in sizes.items():
+            if size < 1:
+                raise LayoutError(f"parallel layout: {axis} is {size}, wanted at least 1; all sizes: {self.describe()}")
+        model = self.tp * self.pp * self.cp
+        if self.world % model:
+            raise LayoutError(
+                f"parallel layout: tp({self.tp}) x pp({self.pp}) x cp({self.cp}) = {model} does not divide {self.world} process(es); "
+                f"start a multiple of {model} processes (NPROC_PER_NODE={model}) or make the sizes smaller"
+            )
+        expert = self.expert_tp * self.ep * self.pp
+        if self.world % expert:
+            raise LayoutError(
+                f"parallel layout: etp({self.expert_tp}) x ep({self.ep}) x pp({self.pp}) = {expert} does not divide {self.world} process(es); "
+                f"start a multiple of {expert} processes or make the sizes smaller"
+            )
+        if self.vpp > 1 and self.pp == 1:
+            raise LayoutError(f"parallel layout: vpp({self.vpp}) needs pp of at least 2, got pp({self.pp}); drop the virtual stages")
+
+    @property
+    def expert_tp(self) -> int:
+        return (self.tp if self.ep == 1 else 1) if self.etp is None else self.etp
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp * self.cp)
+
+    def coords(self, rank: int) -> RankCoords:
+        """The coordinates of ``rank`` (0 <= rank < world) on the dense mesh."""
+        if not 0 <= rank < self.world:
+            raise LayoutError(f"rank {rank} is outside 0..{self.world - 1}")
+        rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, dp = divmod(rest, self.dp)
+        return RankCoords(tp, cp, dp, pp)
+
+    def rank_of(self, coords: RankCoords) -> int:
+        return coords.tp + self.tp * (coords.cp + self.cp * (coords.dp + self.dp * coords.pp))
+
+    def check_model(self, *, num_layers: int, ffn_size: int) -> None:
+        """Refuse a model that this layout cannot split evenly; every factor is printed. (Heads and vocabulary are padded, exactly.)
+
+        Raises:
+            LayoutError: the MLP does not divide by tp, or layers by pp x vpp.
+        """
+        faults = []
+        if ffn_size % self.tp:
+            faults.append(f"MLP width {ffn_size} by tp({self.tp})")
+        if num_layers % (self.pp * self.vpp):
+            faults.append(f"{num_layers} layers by pp({self.pp}) x vpp({self.vpp}) = {self.pp * self.vpp}")
+        if faults:
+            raise LayoutError(f"parallel layout {self.describe()} does not divide this model: {'; '.join(faults)}; choose sizes that divide them")
+
+    def describe(self) -> str:
+        """One short text, such as ``tp2 pp1 dp1 (2 processes)``."""
+        axes = [f"tp{self.tp}", f"pp{self.pp}"]
+        axes += [f"{name}{size}" for name, size in (("vpp", self.vpp), ("cp", self.cp), ("ep", self.ep)) if size != 1]
+        model = max(1, self.tp * self.pp * self.cp)
+        return f"{' '.join(axes)} dp{self.world // model} ({self.world} process{'es' if self.world != 1 else ''})"

@@ -1,0 +1,97 @@
+"""Shards: for every size that divides, slices of the sources make the shard that slicing the whole makes, and the way back restores each bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mswift.conversion.rules import FusedGateUp, FusedQKV, PaddedVocab, Piece, Rename, Rule
+from mswift.conversion.shards import Shard, cut_sources, join, source_slices, take
+from mswift.errors import ConversionError
+
+SIZES = st.sampled_from([1, 2, 3, 4, 6])
+Tensors = dict[str, torch.Tensor]
+
+
+def assert_shards(rule: Rule, sources: Tensors, whole: torch.Tensor, shards: list[torch.Tensor], dim: int | None) -> None:
+    """``shards``: made by hand. Both directions against them."""
+    shapes = rule.source_shapes(tuple(whole.shape))
+    pieces = rule.pieces(shapes)
+    for rank, wanted in enumerate(shards):
+        shard = Shard(dim, rank, len(shards))
+        assert shard.whole_shape(wanted.shape) == tuple(whole.shape)
+        got = torch.full_like(wanted, float("nan"))
+        for part in source_slices(pieces, shard, tuple(whole.shape), rule.parts):
+            columns = slice(None) if part.columns is None else slice(*part.columns)
+            rows = slice(part.start, part.stop)
+            value = torch.zeros(part.rows, *wanted.shape[1:]) if part.source is None else sources[part.source][(rows, columns)[: wanted.dim()]]
+            got[part.at : part.at + part.rows] = value
+        assert torch.equal(got, wanted)
+        assert torch.equal(take(whole, shard, rule.parts), wanted)
+    back = {name: torch.full(shape, float("nan"), dtype=whole.dtype) for name, shape in shapes.items()}
+    for name, row, values in cut_sources(pieces, shards if dim is not None else shards[:1], dim, rule.parts, block_rows=3):
+        assert back[name][row : row + len(values)].isnan().all()  # written once
+        back[name][row : row + len(values)] = values
+    assert all(torch.equal(back[name], tensor) for name, tensor in sources.items())
+    assert torch.equal(join(shards, dim, rule.parts), whole)
+
+
+@given(SIZES, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.booleans())
+def test_qkv_rows_are_chunked_even_inside_a_group(size: int, groups: int, per_group: int, unit: int, bias: bool) -> None:
+    head_dim = unit * size  # always divides, and groups < size or not a multiple of it occur often
+    rest = () if bias else (3,)
+    q = torch.randn(groups * per_group * head_dim, *rest)
+    k, v = torch.randn(groups * head_dim, *rest), torch.randn(groups * head_dim, *rest)
+    whole = torch.cat([x.reshape(groups, -1, *rest) for x in (q, k, v)], dim=1).reshape(-1, *rest)
+    rule = FusedQKV("qkv", "q", "k", "v", groups, per_group, head_dim)
+    assert_shards(rule, {"q": q, "k": k, "v": v}, whole, list(whole.chunk(size)), 0)
+
+
+@given(SIZES, st.integers(1, 4), st.integers(1, 4))
+def test_gate_and_up_are_split_each_by_itself(size: int, unit: int, hidden: int) -> None:
+    gate, up = torch.randn(unit * size, hidden), torch.randn(unit * size, hidden)
+    shards = [torch.cat(pair) for pair in zip(gate.chunk(size), up.chunk(size))]
+    assert_shards(FusedGateUp("fc1", "gate", "up"), {"gate": gate, "up": up}, torch.cat([gate, up]), shards, 0)
+
+
+@given(SIZES, st.integers(1, 5), st.integers(1, 4), st.data())
+def test_vocabulary_padding_may_fill_whole_ranks(size: int, unit: int, hidden: int, data: st.DataObject) -> None:
+    vocab = data.draw(st.integers(1, unit * size))
+    rows = torch.randn(vocab, hidden)
+    whole = torch.cat([rows, torch.zeros(unit * size - vocab, hidden)])
+    assert_shards(PaddedVocab("e", "embed", vocab, unit * size), {"embed": rows}, whole, list(whole.chunk(size)), 0)
+
+
+@given(SIZES, st.integers(1, 4), st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_columns(size: int, unit: int, rows: int, dtype: torch.dtype) -> None:
+    whole = torch.randn(rows, unit * size).to(dtype)
+    assert_shards(Rename("fc2", "down"), {"down": whole}, whole, list(whole.chunk(size, dim=1)), 1)
+
+
+@given(SIZES, st.integers(1, 9))
+def test_whole_on_every_rank(size: int, rows: int) -> None:
+    whole = torch.randn(rows)
+    assert_shards(Rename("norm", "old"), {"old": whole}, whole, [whole] * size, None)
+
+
+def test_shard_from_the_attributes_of_megatron() -> None:
+    parameter = torch.nn.Parameter(torch.empty(4, 6))
+    assert Shard.of(parameter, 1, 2) == Shard(None, 1, 2)
+    parameter.tensor_model_parallel, parameter.partition_dim = True, 1  # type: ignore[attr-defined]
+    assert Shard.of(parameter, 1, 2) == Shard(1, 1, 2)
+    parameter.tensor_model_parallel, parameter.partition_dim = False, -1  # type: ignore[attr-defined]
+    assert Shard.of(parameter, 0, 2) == Shard(None, 0, 2)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConversionError, match="6 rows in 2 part"):
+        source_slices([Piece("a", 0, 6)], Shard(0, 0, 2), (6, 2), parts=2)
+    with pytest.raises(ConversionError, match="5 columns"):
+        source_slices([Piece("a", 0, 6)], Shard(1, 0, 2), (6, 5))
+    with pytest.raises(ConversionError, match="pieces have 6 rows, the parameter 8"):
+        source_slices([Piece("a", 0, 6)], Shard(), (8, 2))
+    for wrong in ((0, 2, 2), (0, -1, 2), (2, 0, 1)):
+        with pytest.raises(ConversionError, match="shard"):
+            Shard(*wrong)

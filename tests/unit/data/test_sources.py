@@ -1,0 +1,197 @@
+"""Specs, files and hubs: every row with its file and line, every fault as one line that names them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mswift.data.sources import RawRow, SourceSpec, parse_spec, read_file, read_source
+from mswift.errors import DataError, MissingExtraError
+
+Write = Callable[..., str]
+
+
+def read(text: str, **kwargs: Any) -> list[RawRow]:
+    return list(read_source(parse_spec(text, **kwargs)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data/a.jsonl", SourceSpec("data/a.jsonl", "local")),
+        ("data/a.jsonl#100", SourceSpec("data/a.jsonl", "local", 100)),
+        (" a.json#1 ", SourceSpec("a.json", "local", 1)),
+        ("data/*.jsonl#3", SourceSpec("data/*.jsonl", "local", 3)),
+        ("/data/dir", SourceSpec("/data/dir", "local")),
+        ("hf::org/name", SourceSpec("org/name", "hf")),
+        ("ms::org/name#20", SourceSpec("org/name", "ms", 20)),
+    ],
+)
+def test_specs(text: str, expected: SourceSpec) -> None:
+    assert parse_spec(text) == expected
+    assert parse_spec(str(expected)) == expected
+
+
+def test_a_plain_id_goes_to_modelscope_unless_told_and_a_path_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("USE_HF", raising=False)
+    assert parse_spec("org/name#5") == SourceSpec("org/name", "ms", 5)
+    assert parse_spec("org/name", use_hf=True).kind == "hf"
+    monkeypatch.setenv("USE_HF", "1")
+    assert parse_spec("org/name").kind == "hf"
+    assert parse_spec("org/name", use_hf=False).kind == "ms"
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert parse_spec("org/name") == SourceSpec("org/name", "local")
+    (tmp_path / "odd#7").write_text("")
+    assert parse_spec("odd#7") == SourceSpec("odd#7", "local")
+
+
+@pytest.mark.parametrize("number", ["", "0", "-1", "ten", "1.5", "²"])
+def test_a_count_is_a_whole_number(number: str) -> None:
+    with pytest.raises(DataError) as wrong:
+        parse_spec(f"a.jsonl#{number}")
+    assert str(wrong.value) == (
+        f"--dataset 'a.jsonl#{number}': got {number!r} after #, wanted a whole number of rows of at least 1, such as a.jsonl#500"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "  ", "#5", "hf::", "ms::#3"])
+def test_an_empty_name_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"the name is empty, wanted a path or a hub id"):
+        parse_spec(text)
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="abc/._-*", min_size=1, max_size=12), st.integers(1, 10**9))
+def test_any_name_keeps_its_count(name: str, count: int) -> None:
+    spec = parse_spec(f"{name}#{count}", use_hf=True)
+    assert spec.count == count
+    assert spec.location == name
+
+
+def test_jsonl_rows_keep_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": "\xe4\xbd\xa0"}\n{"a": 3}')
+    rows = read(str(path))
+    assert [(row.data["a"], row.line) for row in rows] == [(1, 1), ("你", 4), (3, 5)]
+    assert rows[1].where == f"{path}:4"
+
+
+@settings(deadline=None)
+@given(st.lists(st.dictionaries(st.text(), st.one_of(st.text(), st.integers(), st.lists(st.text()))), max_size=6), st.sampled_from([None, 0, 3]))
+def test_json_lists_give_the_line_on_which_a_row_begins(tmp_path_factory: pytest.TempPathFactory, rows: list[Any], indent: int | None) -> None:
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
+    found = list(read_file(str(path)))
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert [row.data for row in found] == rows
+    assert all(lines[row.line - 1].lstrip(" [").startswith("{") for row in found)
+
+
+def test_a_json_file_may_hold_a_row_a_line(write_rows: Write) -> None:
+    path = write_rows("a.json", [{"a": 1}, {"a": 2}])
+    assert [row.data for row in read(path)] == [{"a": 1}, {"a": 2}]
+    assert [row.line for row in read(path)] == [1, 2]
+
+
+def test_directories_and_globs_in_the_order_of_names(write_rows: Write, tmp_path: Path) -> None:
+    for name in ("d/b.jsonl", "d/a.jsonl", "d/sub/c.jsonl", "d/ignored.json", "d/.checkpoints/a.jsonl"):
+        write_rows(name, [{"name": name}])
+    assert [row.data["name"] for row in read(str(tmp_path / "d"))] == ["d/a.jsonl", "d/b.jsonl", "d/sub/c.jsonl"]
+    assert [row.data["name"] for row in read(str(tmp_path / "d" / "*.jsonl"))] == ["d/a.jsonl", "d/b.jsonl"]
+    assert [row.data["name"] for row in read(str(tmp_path / "d" / "ignored.json"))] == ["d/ignored.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "{path}:2: not JSON: Expecting value at column 6; "),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', '{path}:2: a row is a JSON object, got list; wanted something like {{"messages": [...]}}'),
+        ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "{path}:2: not UTF-8: byte 0xe9 at column 11; convert the file with iconv -t UTF-8"),
+        ("a.json", b'[{"a": 1},\n {"a": 2}', "{path}:2: not JSON: wanted ',' or ']' after a row, got 'the end of the file'; "),
+        ("a.json", b'[{"a": 1},\n]', "{path}:2: not JSON: Expecting value at column 1; "),
+        ("a.json", b"[{},\n{}] x", "{path}:2: not JSON: wanted the end of the file after the list, got 'x'; "),
+        ("a.json", b"[{},\n\n 5]", "{path}:3: a row is a JSON object, got int; "),
+        ("a.csv", b"a,b\n", "{path}: cannot read .csv files, wanted .jsonl (one JSON object a line) or .json (a list of objects); convert it"),
+    ],
+)
+def test_faults_of_a_file_are_one_line_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as wrong:
+        read(str(path))
+    assert str(wrong.value).startswith(message.format(path=path))
+    assert "\n" not in str(wrong.value)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.jsonl: no such data file or directory \(looked in .*\); check --dataset$"):
+        read(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(DataError, match=r"x\*\.jsonl: no file matches this pattern; check --dataset$"):
+        read(str(tmp_path / "x*.jsonl"))
+    with pytest.raises(DataError, match=r"the directory holds no \.jsonl or \.json file; check --dataset$"):
+        read(str(tmp_path))
+
+
+def test_a_local_path_contacts_nothing(write_rows: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> NoReturn:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    assert [row.data for row in read(write_rows("a.jsonl", [{"a": 1}]), use_hf=True)] == [{"a": 1}]
+
+
+@pytest.mark.parametrize(("spec", "library", "extra"), [("hf::org/name", "datasets", "data"), ("ms::org/name", "modelscope", "modelscope")])
+def test_a_hub_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, spec: str, library: str, extra: str) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setitem(sys.modules, f"{library}.hub.snapshot_download", None)
+    with pytest.raises(MissingExtraError) as missing:
+        read(spec)
+    assert str(missing.value) == f"{library} is not installed: it is needed here; install it with pip install 'mswift[{extra}]'"
+    assert (missing.value.library, missing.value.extra) == (library, extra)
+
+
+def offline_datasets(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def test_hub_rows_come_through_the_datasets_library(write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline_datasets(monkeypatch, tmp_path / "cache")
+    write_rows("hub/train.jsonl", [{"query": "a", "response": "b"}, {"query": "c", "response": "d"}])
+    rows = read(f"hf::{tmp_path / 'hub'}")
+    assert [row.data for row in rows] == [{"query": "a", "response": "b"}, {"query": "c", "response": "d"}]
+    assert rows[1].where == f"hf::{tmp_path / 'hub'}:2"
+    with pytest.raises(
+        DataError, match=r"^hf::org/not-there: cannot be loaded from the hub: .*; there is no local file or directory of this name either$"
+    ):
+        read("hf::org/not-there")
+
+
+def test_modelscope_rows_come_through_a_local_copy(write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline_datasets(monkeypatch, tmp_path / "cache")
+    library = pytest.importorskip("modelscope.hub.snapshot_download")
+    errors = pytest.importorskip("modelscope.hub.errors")
+    write_rows("copy/train.jsonl", [{"query": "a", "response": "b"}])
+
+    def download(name: str) -> str:  # the network is what is left out
+        if name != "org/name":
+            raise errors.NotExistError(f"no {name}")
+        return str(tmp_path / "copy")
+
+    monkeypatch.setattr(library, "dataset_snapshot_download", download)
+    rows = read("org/name", use_hf=False)
+    assert [(row.data, row.where) for row in rows] == [({"query": "a", "response": "b"}, "ms::org/name:1")]
+    with pytest.raises(DataError, match=r"^ms::org/other: cannot be loaded from the hub: .*no org/other.*; there is no local file"):
+        read("ms::org/other")
