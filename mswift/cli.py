@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mswift import __version__, launch
 from mswift.config import CONFIGS, Config, read_command, warnings_for
 from mswift.config.fields import nearest, shown
-from mswift.config.help import flags_help, paragraphs
+from mswift.config.help import NARROWEST, flags_help, paragraphs
 from mswift.errors import ConfigError, MswiftError
 from mswift.log import is_main_process
 
@@ -172,7 +172,7 @@ def program_help(width: int) -> str:
             "",
             *textwrap.wrap(
                 "A Hugging Face checkpoint and a data set to a trained, exported and answering model, on Megatron-core.",
-                max(width, 40),
+                max(width, NARROWEST),
                 break_on_hyphens=False,
             ),
             "",
@@ -206,7 +206,7 @@ def verb_help(verb: str, width: int) -> str:
             VERBS[verb].summary,
             f"  mswift {verb} {VERBS[verb].example}",
             "",
-            *textwrap.wrap(intro, max(width, 40), break_on_hyphens=False),
+            *textwrap.wrap(intro, max(width, NARROWEST), break_on_hyphens=False),
             "",
             flags_help(CONFIGS[verb], width),
             "",

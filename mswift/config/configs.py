@@ -186,8 +186,12 @@ class SftConfig(Config):
         return folder / f"v0-{now or datetime.datetime.now():%Y%m%d-%H%M%S}" if self.save.add_version else folder
 
     def effective(self) -> dict[str, Any]:
-        batch = {} if self.train.gradient_accumulation_steps else {"global_batch_size": self.train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE}
-        return {"learning_rate": self.learning_rate, "eval_steps": self.eval_steps, "output_dir": str(self.output_dir()), **batch}
+        return {
+            "learning_rate": self.learning_rate,
+            "eval_steps": self.eval_steps,
+            "output_dir": str(self.output_dir()),
+            "global_batch_size": "micro x accumulation x data parallel" if self.train.gradient_accumulation_steps else DEFAULT_GLOBAL_BATCH_SIZE,
+        }
 
     def faults(self) -> Iterator[str]:
         yield from _common_faults(self.model, self.parallel)

@@ -128,7 +128,7 @@ class Flag:
         if self.choices and isinstance(raw, str):
             near = nearest(raw, self.choices)
             hint = f"; did you mean {near}?" if near else ""
-        elif self.kind in ("text", "list") and raw is not None and not isinstance(raw, str | list):
+        elif self.kind in ("text", "list") and any(not isinstance(item, str) for item in (raw if isinstance(raw, list) else [raw])):
             hint = "; put quotes around it"
         return ConfigError(f"{label}: got {shown(raw)}, wanted {self.wanted()}{hint}")
 

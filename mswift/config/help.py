@@ -7,7 +7,7 @@ import textwrap
 from mswift.config.configs import Config
 from mswift.config.fields import Flag
 
-NARROWEST = 40
+NARROWEST = 44  # the longest name with its placeholder
 _NAME_COLUMN = 38
 
 

@@ -114,6 +114,7 @@ def _from_argv(argv: Sequence[str]) -> Iterator[_Given]:
             yield _Given(name, values, label, from_file=False)
         label, equals, value = token.partition("=")
         name, values = label[2:].replace("-", "_"), [value] if equals else []
+        label = label if label.isprintable() else shown(label)
     if name:
         yield _Given(name, values, label, from_file=False)
 
@@ -177,7 +178,7 @@ def _from_file(content: Mapping[str, Any], path: Path, config_class: type[Config
 
 def _file_item(name: str, value: Any, where: str) -> Iterator[_Given]:
     if value is not None:
-        yield _Given(name.replace("-", "_"), value, f"{where}: {name}", from_file=True)
+        yield _Given(name.replace("-", "_"), value, f"{where}: {name if name.isprintable() else shown(name)}", from_file=True)
 
 
 @dataclass(slots=True)
@@ -211,31 +212,32 @@ class _Reader:
         """The setting under its present name; None if it asks for what happens anyway."""
         name = given.name
         if name in aliases.RENAMED:
-            return self._rename(given, aliases.RENAMED[name], given.raw)
+            return self._rename(given, aliases.RENAMED[name])
         if name in aliases.SWITCHES:
             pair = aliases.SWITCHES[name][_switch(given)]
-            return None if pair is None else self._rename(given, pair[0], [pair[1]], shown_value=pair[1])
+            return None if pair is None else self._rename(given, *pair, show_value=True)
         if name == "distributed_timeout_minutes":
             minutes = _one(given)
             if not re.fullmatch(r"\d+", str(minutes)):
                 raise ConfigError(f"{given.label}: got {shown(minutes)}, wanted a whole number of minutes")
-            return self._rename(given, "ddp_timeout", [str(int(minutes) * 60)], shown_value=str(int(minutes) * 60))
+            return self._rename(given, "ddp_timeout", str(int(minutes) * 60), show_value=True)
         if name == "ckpt_dir":
             folder = str(_one(given))
             adapter = (Path(folder).expanduser() / "adapter_config.json").is_file()
-            return self._rename(given, "adapters" if adapter else "model", [folder])
+            return self._rename(given, "adapters" if adapter else "model", folder)
         positive = self.flags.get(name.removeprefix("no_"))
         if positive is not None and positive.kind == "bool" and name.startswith("no_"):
-            return given._replace(name=positive.name, raw=["false" if _switch(given) else "true"])
+            return _Given(positive.name, ["false" if _switch(given) else "true"], given.label, from_file=False)
         return given
 
-    def _rename(self, given: _Given, name: str, raw: Any, shown_value: str = "") -> _Given:
+    def _rename(self, given: _Given, name: str, text: str | None = None, *, show_value: bool = False) -> _Given:
+        """The setting as one of flag `name`, with the value `text` instead of its own if there is one."""
         if name in self.flags:
-            self.renamed[given.label] = f"--{name} {shown_value}".rstrip()
-        return given._replace(name=name, raw=raw)
+            self.renamed[given.label] = f"--{name} {text}" if show_value else f"--{name}"
+        return given._replace(name=name) if text is None else _Given(name, [text], given.label, from_file=False)
 
     def _set(self, flag: Flag, given: _Given) -> None:
-        raw = given.raw if given.from_file and isinstance(given.raw, list) else _command_value(flag, given)
+        raw = given.raw if given.from_file else _command_value(flag, given)
         synonyms = aliases.VALUES.get(flag.name, {})
         unsupported = aliases.UNSUPPORTED_VALUES.get(flag.name, frozenset())
         items = [synonyms.get(plain(item), item) for item in (raw if isinstance(raw, list) else [raw])]
@@ -276,15 +278,13 @@ class _Reader:
 
 
 def _command_value(flag: Flag, given: _Given) -> Any:
-    """The raw value for a flag: a list for list flags, true for a bare switch, else the one text."""
-    if given.from_file or flag.kind == "list":
-        if given.raw == [] and not given.from_file:
-            raise ConfigError(f"{given.label}: got nothing, wanted {flag.wanted()}")
+    """The value for a flag from the command line: a list for list flags, true for a bare switch, else the one text."""
+    if flag.kind == "list" and given.raw:
         return given.raw
-    if given.raw == [] and flag.kind == "bool":
+    if flag.kind == "bool" and not given.raw:
         return True
     if len(given.raw) != 1:
-        got = f"{len(given.raw)} values ({' '.join(given.raw)})" if given.raw else "nothing"
+        got = f"{len(given.raw)} values ({shown(' '.join(given.raw))})" if given.raw else "nothing"
         raise ConfigError(f"{given.label}: got {got}, wanted {flag.wanted()}")
     return given.raw[0]
 

@@ -190,7 +190,7 @@ class LoggingSection:
     eval_steps: int | None = option(None, "Steps between evaluations", auto="as --save_steps", limits=_POSITIVE)
     report_to: list[Literal["tensorboard"]] = option(["tensorboard"], "Where figures go besides logging.jsonl; none for nowhere")
     logging_first_step: bool = option(True, "Log the first step too")
-    plot: bool = option(True, "Draw curves of the run into images/")
+    plot: bool = option(True, "Draw curves of the run as PNG files")
 
 
 @dataclass(kw_only=True, slots=True)

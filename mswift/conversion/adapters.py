@@ -76,7 +76,7 @@ def lora_to_peft(rule: Rule, a: torch.Tensor, b: torch.Tensor) -> dict[str, torc
     tensors: dict[str, torch.Tensor] = {}
     for source, (a_part, b_part) in zip(rows, pairs):
         name_a, name_b = peft_names(source)
-        tensors[name_a], tensors[name_b] = a_part.clone(), b_part.clone()
+        tensors[name_a], tensors[name_b] = a_part[:, : shapes[source][1]].clone(), b_part.clone()
     return tensors
 
 
@@ -109,6 +109,7 @@ def lora_from_peft(rule: Rule, tensors: Mapping[str, torch.Tensor], target_shape
     if not given:
         return None
     a, bs = _stack(given)
+    a = torch.nn.functional.pad(a, (0, target_shape[1] - a.shape[1]))
     b = next(iter(bs.values())).new_zeros(target_shape[0], a.shape[0])
     at = 0
     for piece in rule.pieces(shapes):

@@ -143,7 +143,7 @@ class _Walk:
 
     def _write(self, rule: Rule, parameter: ExportParameter, shards: list[torch.Tensor]) -> None:
         pieces = rule.pieces(rule.source_shapes(parameter.whole.shape))
-        for source, row, values in cut_sources(pieces, shards, parameter.shard.dim if len(shards) > 1 else None, rule.parts):
+        for source, row, values in cut_sources(pieces, shards, parameter.shard.dim if len(shards) > 1 else None, rule.parts, rule.source_columns):
             if source in self._writers:
                 self.done += self._writers[source].write(source, values, row)
         if self._progress is not None:

@@ -107,7 +107,12 @@ def fill(tensor: torch.Tensor, slices: Iterable[SourceSlice], reader: Checkpoint
         rows = target[part.at : part.at + part.rows]
         if part.source is None:
             rows.zero_()
-        elif rows.is_cpu and rows.is_contiguous() and rows.dtype == reader.dtype(part.source):
+            continue
+        if part.columns is not None:  # a shard may reach beyond the columns of its source, into zeros
+            width = part.columns[1] - part.columns[0]
+            rows[:, width:].zero_()
+            rows = rows[:, :width]
+        if rows.is_cpu and rows.is_contiguous() and rows.dtype == reader.dtype(part.source):
             reader.read_into(part.source, rows, *_spans(part))
         else:
             rows.copy_(reader.read(part.source, *_spans(part)))
@@ -124,7 +129,7 @@ def _plan(parameters: Iterable[LocalParameter], rules: dict[str, Rule], reader: 
         whole_shape = parameter.shard.whole_shape(parameter.tensor.shape)
         try:
             shapes = rule.source_shapes(whole_shape)
-            slices = source_slices(rule.pieces(shapes), parameter.shard, whole_shape, rule.parts)
+            slices = source_slices(rule.pieces(shapes), parameter.shard, whole_shape, rule.parts, rule.source_columns)
         except ConversionError as error:
             problems.append(str(error))
             continue

@@ -52,6 +52,11 @@ class Rule:
         """The HF tensors that the rule reads, each once."""
         raise NotImplementedError
 
+    @property
+    def source_columns(self) -> int | None:
+        """Columns of the HF tensors where megatron's parameter has more, zeros behind them; None where they are equally wide."""
+        return None
+
     def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
         """The shape of every HF tensor, from that of the whole parameter.
 
@@ -82,6 +87,10 @@ class Rename(Rule):
 
     source: str
     columns: int | None = None
+
+    @property
+    def source_columns(self) -> int | None:
+        return self.columns
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -79,11 +79,12 @@ class SourceSlice:
         return self.stop - self.start
 
 
-def source_slices(pieces: Sequence[Piece], shard: Shard, whole_shape: Shape, parts: int = 1) -> list[SourceSlice]:
+def source_slices(pieces: Sequence[Piece], shard: Shard, whole_shape: Shape, parts: int = 1, source_columns: int | None = None) -> list[SourceSlice]:
     """What a shard is made of, in the order of its rows. Read it to load a shard, write it to export one.
 
     Args:
         pieces: the rows of the whole parameter, from `Rule.pieces`. parts: `Rule.parts`.
+        source_columns: `Rule.source_columns`; columns of the shard beyond it are zeros, and its slices are that much narrower.
 
     Raises:
         ConversionError: the pieces are not the rows of ``whole_shape``, or it does not divide.
@@ -91,6 +92,9 @@ def source_slices(pieces: Sequence[Piece], shard: Shard, whole_shape: Shape, par
     if sum(piece.rows for piece in pieces) != whole_shape[0]:
         raise ConversionError(f"the pieces have {sum(piece.rows for piece in pieces)} rows, the parameter {whole_shape[0]}")
     columns = shard.column_range(whole_shape)
+    if source_columns is not None:
+        low, high = columns or (0, whole_shape[1])
+        columns = (min(low, source_columns), min(high, source_columns))
     slices, at = [], 0
     for low, high in shard.row_ranges(whole_shape[0], parts):
         position = 0
@@ -105,15 +109,21 @@ def source_slices(pieces: Sequence[Piece], shard: Shard, whole_shape: Shape, par
 
 
 def cut_sources(
-    pieces: Sequence[Piece], shards: Sequence[torch.Tensor], dim: int | None, parts: int = 1, block_rows: int = 4096
+    pieces: Sequence[Piece],
+    shards: Sequence[torch.Tensor],
+    dim: int | None,
+    parts: int = 1,
+    source_columns: int | None = None,
+    block_rows: int = 4096,
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     """The inverse of `source_slices`: from all shards of one parameter to ``(source, first row, values)``; zero rows are left out.
 
     Holds no second copy of the whole: shards of rows are cut in place, shards of columns joined ``block_rows`` rows at a time.
 
     Args:
-        shards: one tensor for each rank in order; a single one for ``dim`` None.
+        shards: one tensor for each rank in order; a single one for ``dim`` None. source_columns: `Rule.source_columns`.
     """
+    narrow = slice(None) if source_columns is None else (slice(None), slice(source_columns))
     whole_shape = Shard(dim, 0, len(shards)).whole_shape(shards[0].shape)
     if dim == 1:
         whole = Shard(None, 0, 1)
@@ -121,12 +131,12 @@ def cut_sources(
             if part.source is not None:
                 for offset in range(0, part.rows, block_rows):
                     low, high = part.at + offset, part.at + min(offset + block_rows, part.rows)
-                    yield part.source, part.start + offset, torch.cat([shard[low:high] for shard in shards], dim=1)
+                    yield part.source, part.start + offset, torch.cat([shard[low:high] for shard in shards], dim=1)[narrow]
         return
     for rank, shard in enumerate(shards):
         for part in source_slices(pieces, Shard(dim, rank, len(shards)), whole_shape, parts):
             if part.source is not None:
-                yield part.source, part.start, shard[part.at : part.at + part.rows]
+                yield part.source, part.start, shard[part.at : part.at + part.rows][narrow]
 
 
 def take(whole: torch.Tensor, shard: Shard, parts: int = 1) -> torch.Tensor:

@@ -133,7 +133,7 @@ class MegatronEngine:
         # The count that megatron-core would divide by is an integer; ours may be fractional, so the division is in _finalize_gradients.
         return out.total, torch.ones((), dtype=torch.int), {"total": out.total.detach(), "weight": out.weight.detach()}
 
-    def _finalize_gradients(self, chunks: list[nn.Module], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    def _finalize_gradients(self, chunks: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Sum the gradients over the ranks, then divide once by the weight of the global batch."""
         finalize_model_grads(chunks, None, **kwargs)
         weight = self._weight.clone()

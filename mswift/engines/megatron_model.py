@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ import torch.distributed as dist
 from torch import nn
 
 from mswift.conversion.adapters import lora_from_peft, lora_to_peft, unplaced_modules
-from mswift.conversion.collective import ExportGroups, agree
+from mswift.conversion.collective import ExportGroups, agree, gather_small
 from mswift.conversion.coverage import rules_by_target
-from mswift.conversion.export import ExportParameter, ExportReport, export_model
+from mswift.conversion.export import ExportReport, export_model
+from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LoadReport, LocalParameter, Progress, all_names, load_weights
 from mswift.conversion.peft_io import read_peft, write_peft
 from mswift.conversion.rules import AnyRule
 from mswift.conversion.safetensors_io import CheckpointReader
+from mswift.conversion.shards import take
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily
@@ -104,7 +107,12 @@ class MegatronModel:
         Raises:
             ConfigError: no module of this model is a target.
         """
-        wrapped = [name for chunk in self.chunks for name in add_lora(chunk, settings, lambda name, chunk=chunk: global_name(chunk, name))]
+        rules = rules_by_target(self.rules)
+
+        def width(name: str) -> int | None:
+            return rules[f"{name}.weight"].source_columns
+
+        wrapped = [name for chunk in self.chunks for name in add_lora(chunk, settings, functools.partial(global_name, chunk), width)]
         if not wrapped:
             raise ConfigError(f"--target_modules {' '.join(settings.targets)}: no layer of this model has such a name; use all-linear")
         self.lora = settings
@@ -137,7 +145,12 @@ class MegatronModel:
         rank = max(ranks)
         self.add_lora(LoraSettings(rank=rank, alpha=peft.scale * rank, dropout=dropout, targets=tuple(name for name in ALL_LINEAR if name in wanted)))
         for name, module in self.adapters():
-            module.load(*fused.get(name, (None, None)))
+            pair = fused.get(name)
+            if pair is None:
+                module.load(None, None)
+            else:
+                shards = (shard_of(parameter, self.groups) for parameter in (module.lora_a, module.lora_b))
+                module.load(*(take(whole, shard, parts) for whole, shard, parts in zip(pair, shards, (1, rules[name].parts))))
 
     def _wrappable(self) -> dict[str, nn.Parameter]:
         found = {name: parameter for chunk in self.chunks for name, parameter, _ in base_parameters(chunk, self.groups)}
@@ -150,36 +163,31 @@ class MegatronModel:
         """Write the adapter as a PEFT directory; every rank calls it, the main process writes (an adapter is a few MiB)."""
         assert self.lora is not None
         rules = rules_by_target(self.rules)
-        tensors: dict[str, torch.Tensor] = {}
+        groups = self._export_groups()
+        parts: dict[str, tuple[torch.Tensor, int | None, int]] = {}
         for name, module in self.adapters():
-            whole = self._gather_adapter(module)
-            if whole is not None:
-                tensors.update(lora_to_peft(rules[name], *whole))
-        parts: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, tensors)
+            for factor, parameter in (("A", module.lora_a), ("B", module.lora_b)):
+                parts[f"{name}/{factor}"] = (parameter.detach(), shard_of(parameter, self.groups).dim, rules[name].parts if factor == "B" else 1)
+        whole = gather_small(parts, groups)
         error: Exception | None = None
         if is_main_process():
-            everything = {name: tensor for part in parts for name, tensor in part.items()}
             lora = self.lora
-            scale = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "use_rslora": lora.use_rslora}
+            names = dict.fromkeys(key.rpartition("/")[0] for key in whole)
+            tensors = {key: value for name in names for key, value in lora_to_peft(rules[name], whole[f"{name}/A"], whole[f"{name}/B"]).items()}
             try:
-                write_peft(directory, everything, base_model=base_model, extra_files=self.tokenizer_files(), **scale)
+                write_peft(
+                    directory,
+                    tensors,
+                    base_model=base_model,
+                    rank=lora.rank,
+                    alpha=lora.alpha,
+                    dropout=lora.dropout,
+                    use_rslora=lora.use_rslora,
+                    extra_files=self.tokenizer_files(),
+                )
             except (OSError, MswiftError) as failure:
                 error = failure
-        agree(error, self._export_groups())
-
-    def _gather_adapter(self, module: LoraLinear) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(A, B) whole on tensor-parallel rank 0 of data-parallel rank 0, None elsewhere."""
-        whole = []
-        for parameter in (module.lora_a, module.lora_b):
-            shard = shard_of(parameter, self.groups)
-            tensor = parameter.detach()
-            if shard.dim is not None and shard.size > 1:
-                pieces = [torch.empty_like(tensor) for _ in range(shard.size)]
-                dist.all_gather(pieces, tensor.contiguous(), group=self.groups.tp)
-                tensor = torch.cat(pieces, shard.dim)
-            whole.append(tensor.cpu())
-        return (whole[0], whole[1]) if self.groups.coords.tp == 0 and self.groups.coords.dp == 0 else None
+        agree(error, groups)
 
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation config of the checkpoint, to be copied beside what is exported."""

@@ -16,7 +16,7 @@ from mswift.runtime.precision import widen
 
 
 def keep_mask(shape: tuple[int, int], columns: tuple[int, int], p: float, seed: int, like: Tensor) -> Tensor:
-    """The inverted-dropout factors (0 or 1/(1-p)) of columns [start, stop) of a ``shape`` activation.
+    """The inverted-dropout factors (0 or 1/(1-p)) of columns [start, stop) of a ``shape`` activation; beyond its width they are 0.
 
     A rank that holds some columns of a row-parallel input draws the whole mask and keeps its part, so that the mask, and with it the
     loss, does not depend on the layout.
@@ -25,8 +25,9 @@ def keep_mask(shape: tuple[int, int], columns: tuple[int, int], p: float, seed: 
     # Eight bits a draw: the rate is a multiple of 1/256, and the scale below is that of the rate in use.
     draws = torch.empty(shape, dtype=torch.uint8, device=like.device).random_(0, 256, generator=generator)
     threshold = max(1, min(255, round(p * 256)))
-    kept = draws[:, columns[0] : columns[1]] >= threshold
-    return kept.to(like.dtype).mul_(256.0 / (256 - threshold))
+    kept = (draws[:, columns[0] : columns[1]] >= threshold).to(like.dtype).mul_(256.0 / (256 - threshold))
+    missing = columns[1] - columns[0] - kept.shape[1]
+    return torch.nn.functional.pad(kept, (0, missing)) if missing else kept
 
 
 def _mask_of(flat: Tensor, dropout: tuple[float, int, int, int]) -> Tensor | None:
@@ -102,7 +103,8 @@ def lora_linear(
     Args:
         x: ``[..., in]``. weight: ``[out, in]``. bias: ``[out]`` or None. lora_a: ``[rank, in]``. lora_b: ``[out, rank]``; one dtype for all.
         scale: factor of the adapter. dropout_p: rate in [0, 1). seed: names the dropout mask.
-        first_column, full_width: where `x` lies in the whole activation if only some of its columns are here (row-parallel input).
+        first_column, full_width: where `x` lies in the whole activation if only some of its columns are here (row-parallel input);
+            columns at or beyond the full width are zeros (padded heads).
         x_group, a_group, b_group: sum the gradient of `x`, `lora_a`, `lora_b` over these ranks. A column-parallel layer needs the first
             two (each rank sees its part of the output), a row-parallel one the last (each rank sees its part of the input).
 

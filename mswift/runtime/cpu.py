@@ -269,7 +269,7 @@ def transformer_settings(*, pp: int, vpp: int) -> dict[str, Any]:
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
         "cross_entropy_loss_fusion": False,  # the native one rounds its gradient to bf16, in fp32 too
-        "moe_token_dispatcher_type": "allgather",
+        "moe_token_dispatcher_type": "alltoall",  # the one that takes micro batches of different length
         "moe_grouped_gemm": False,
         "moe_permute_fusion": False,
         "deallocate_pipeline_outputs": False,  # gloo may still be sending a buffer that this would free

@@ -7,7 +7,7 @@ converters treat them as they treat any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
@@ -90,14 +91,24 @@ class LoraLinear(nn.Module):
 
     Args:
         base: the layer; frozen here. name: global name, from which the initial values and the dropout masks follow.
+        width: input columns of the whole layer that are real; the rest are padded heads, where A stays zero. None: all.
     """
 
-    def __init__(self, base: ColumnParallelLinear | RowParallelLinear, name: str, settings: LoraSettings, kind: Literal["column", "row"]) -> None:
+    def __init__(
+        self,
+        base: ColumnParallelLinear | RowParallelLinear,
+        name: str,
+        settings: LoraSettings,
+        kind: Literal["column", "row"],
+        width: int | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer, self.kind, self.scale, self.dropout = base, kind, settings.scale, settings.dropout
         self.tag = sum(ord(letter) * 131**i for i, letter in enumerate(name)) % 2**31
         base.requires_grad_(False)
         out_features, in_features = base.weight.shape
+        self.gated = base.config.gated_linear_unit and name.endswith("linear_fc1")
+        self.width = width or in_features * (base.tp_group.size() if kind == "row" else 1)
         self.lora_a = nn.Parameter(base.weight.new_empty(settings.rank, in_features))
         self.lora_b = nn.Parameter(base.weight.new_zeros(out_features, settings.rank))
         set_tensor_model_parallel_attributes(self.lora_b if kind == "column" else self.lora_a, True, 0 if kind == "column" else 1, 1)
@@ -107,10 +118,10 @@ class LoraLinear(nn.Module):
         """Kaiming-uniform A (bound 1/sqrt(in), as PEFT), drawn whole from the layer's name and cut: the same values in every layout."""
         group = self.base_layer.tp_group
         parts, part = (group.size(), group.rank()) if self.kind == "row" else (1, 0)
-        width = self.lora_a.shape[1] * parts
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.tag)
-        bound = 1.0 / math.sqrt(width)
-        whole = torch.empty(settings.rank, width).uniform_(-bound, bound, generator=generator)
+        bound = 1.0 / math.sqrt(self.width)
+        whole = torch.empty(settings.rank, self.width).uniform_(-bound, bound, generator=generator)
+        whole = nn.functional.pad(whole, (0, self.lora_a.shape[1] * parts - self.width))
         with torch.no_grad():
             self.lora_a.copy_(whole.chunk(parts, 1)[part])
 
@@ -127,8 +138,7 @@ class LoraLinear(nn.Module):
             x_group = None if base.sequence_parallel else group
             output = lora_linear(x, base.weight, bias, self.lora_a, self.lora_b, x_group=x_group, a_group=group, **common)
             return output, base.bias if base.skip_bias_add else None
-        width = x.shape[-1]
-        columns: dict[str, Any] = {"first_column": width * group.rank(), "full_width": width * group.size()}
+        columns: dict[str, Any] = {"first_column": x.shape[-1] * group.rank(), "full_width": self.width}
         output = lora_linear(x, base.weight, None, self.lora_a, self.lora_b, b_group=group, **columns, **common)
         reduce = reduce_scatter_to_sequence_parallel_region if base.sequence_parallel else reduce_from_tensor_model_parallel_region
         output = reduce(output, group=group)
@@ -138,22 +148,15 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def load(self, a: Tensor | None, b: Tensor | None) -> None:
-        """Take this rank's part of whole factors A ``[r, in]`` and B ``[out, r]``; fewer rows than the rank are padded with zeros.
+        """Take this rank's factors A ``[r, in here]`` and B ``[out here, r]``; an r below the rank is padded with zeros.
 
         None for both makes the adapter do nothing.
         """
         if a is None or b is None:
             self.lora_b.zero_()
             return
-        group = self.base_layer.tp_group
-        rows = a.shape[0]
-        own_a = a.chunk(group.size(), 1)[group.rank()] if self.kind == "row" else a
-        self.lora_a.zero_()[:rows].copy_(own_a)
-        self.lora_b.zero_()
-        self.lora_b[:, :rows].copy_(self._rows_of_b(b, group))
-
-    def _rows_of_b(self, b: Tensor, group: Any) -> Tensor:
-        return b.chunk(group.size(), 0)[group.rank()] if self.kind == "column" else b
+        self.lora_a.zero_()[: a.shape[0]].copy_(a)
+        self.lora_b.zero_()[:, : b.shape[1]].copy_(b)
 
     def merged_weight(self) -> Tensor:
         """This rank's part of ``W + scale * B A``: computed in fp32, rounded once to the dtype of W. The base is not touched."""
@@ -165,14 +168,18 @@ class LoraLinear(nn.Module):
         axes = {"lora_b": 0} if self.kind == "column" else {"lora_a": 1}
         own = {"lora_a": self.lora_a, "lora_b": self.lora_b}
         sharded = make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets)
+        if self.gated:  # gate and up are split over the ranks each by itself, as megatron does with the weight
+            sharded[f"{prefix}lora_b"] = apply_swiglu_sharded_factory(sharded[f"{prefix}lora_b"], sharded_offsets)
         return {**self.base_layer.sharded_state_dict(prefix, sharded_offsets, metadata), **sharded}
 
 
-def add_lora(model: nn.Module, settings: LoraSettings, global_name: Any) -> list[str]:
+def add_lora(
+    model: nn.Module, settings: LoraSettings, global_name: Callable[[str], str], width: Callable[[str], int | None] = lambda _name: None
+) -> list[str]:
     """Freeze `model` and wrap its target layers.
 
     Args:
-        global_name: maps a local module name to the name over all pipeline stages.
+        global_name: maps a local module name to the name over all pipeline stages. width: real input columns by global name; None: all.
 
     Returns:
         Global names of the wrapped modules.
@@ -184,7 +191,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, global_name: Any) -> list
         if leaf not in settings.targets or not isinstance(module, ColumnParallelLinear | RowParallelLinear):
             continue
         kind: Literal["column", "row"] = "column" if isinstance(module, ColumnParallelLinear) else "row"
-        setattr(model.get_submodule(parent_name), leaf, LoraLinear(module, global_name(name), settings, kind))
+        setattr(model.get_submodule(parent_name), leaf, LoraLinear(module, global_name(name), settings, kind, width(global_name(name))))
         wrapped.append(global_name(name))
     return wrapped
 

@@ -44,7 +44,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         RankError: a rank raised (its traceback is the message), died, or was still running at the timeout (its stack is the message).
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["tests.distributed.preload"])
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         (folder / "args").write_bytes(pickle.dumps(args))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mswift.config import ExportConfig, InferConfig, SftConfig
-from mswift.config import aliases
+from mswift.config import ExportConfig, InferConfig, SftConfig, aliases
 from mswift.config.known import NOT_YET, SWITCHES_OFF
 
 OURS = {**SftConfig.flags(), **InferConfig.flags(), **ExportConfig.flags()}
@@ -48,7 +47,7 @@ def test_old_values_become_allowed_ones() -> None:
     "names",
     [
         "train_type custom_register_path load save adapter_load mcore_adapters save_interval log_interval num_workers seq_length no_rope_fusion",
-        "sft_type model_id_or_path batch_size eval_batch_size acc_steps template_type dtype lora_target_modules custom_train_dataset_path use_flash_attn",
+        "sft_type model_id_or_path batch_size eval_batch_size acc_steps template_type dtype lora_target_modules use_flash_attn",
         "deepspeed fsdp packing streaming quant_bits rlhf_type vllm_gpu_memory_utilization num_generations moe_aux_loss_coeff fp8_format use_dora",
         "model_name_or_path finetuning_type cutoff_len interleave_probs lora_target flash_attn val_size export_dir neat_packing",
         "lr lr_warmup_fraction lr_decay_style clip_grad train_iters no_save_optim attention_backend cross_entropy_loss_fusion save_safetensors",

@@ -102,7 +102,7 @@ def test_old_and_idle_names_are_noted_once() -> None:
     parsed = read_command("sft", words, {})
     assert parsed.notes == (
         "read as: --lr -> --learning_rate, --train_type -> --tuner_type, --fp32 -> --torch_dtype float32",
-        "--dataloader_num_workers, --lazy_tokenize have no effect: loading is arranged by the data room",
+        "--dataloader_num_workers, --lazy_tokenize have no effect: mswift arranges the loading of data by itself",
     )
     assert parsed.given == {"model", "dataset", "learning_rate", "tuner_type", "torch_dtype"}
     assert read_command("sft", BASE, {}).notes == ()
@@ -124,7 +124,8 @@ def test_old_and_idle_names_are_noted_once() -> None:
         ("--task_type seq_cls", "--task_type is not supported yet"),
         (
             "--mcore_model d",
-            "--mcore_model is not supported yet; give the Hugging Face checkpoint with --model, or a checkpoint-N folder with --resume_from_checkpoint",
+            "--mcore_model is not supported yet; give the Hugging Face checkpoint with --model, "
+            "or a checkpoint-N folder with --resume_from_checkpoint",
         ),
         ("--fp16 true", "--fp16: float16 is not supported yet, wanted one of bfloat16, float32"),
         ("--torch_dtype float16", "--torch_dtype: float16 is not supported yet, wanted one of bfloat16, float32"),
@@ -133,7 +134,7 @@ def test_old_and_idle_names_are_noted_once() -> None:
         ("--loss_scale default+react", "--loss_scale: default+react is not supported yet, wanted one of default, last_round, all"),
         ("--truncation_strategy split", "--truncation_strategy: split is not supported yet, wanted one of delete, left, right"),
         ("--lora_rank", "--lora_rank: got nothing, wanted a whole number, at least 1"),
-        ("--lora_rank 1 2", "--lora_rank: got 2 values (1 2), wanted a whole number, at least 1"),
+        ("--lora_rank 1 2", "--lora_rank: got 2 values ('1 2'), wanted a whole number, at least 1"),
         ("--target_modules", "--target_modules: got nothing, wanted one or more texts"),
         ("--lr x", "--lr: got 'x', wanted a number, above 0"),
         ("--gradient_checkpointing x", "--gradient_checkpointing: got 'x', wanted true or false"),
@@ -179,7 +180,9 @@ def test_a_file_may_be_flat_or_in_sections_and_flags_win(tmp_path: Path) -> None
         tmp_path / "b.yml",
         "model: {model: m}\ndata:\n  dataset: [d.jsonl, e.jsonl]\noptim:\n  lr: 1e-5\ntuner: {lora-rank: 4}\nlogging: {plot: 'false'}\ntrain:\n",
     )
-    as_json = write(tmp_path / "c.json", json.dumps({"model": "m", "dataset": ["d.jsonl", "e.jsonl"], "learning_rate": 1e-5, "lora_rank": 4, "plot": False}))
+    as_json = write(
+        tmp_path / "c.json", json.dumps({"model": "m", "dataset": ["d.jsonl", "e.jsonl"], "learning_rate": 1e-5, "lora_rank": 4, "plot": False})
+    )
     configs = [parse_command("sft", [path]) for path in (flat, nested, as_json)]
     assert configs[0] == configs[1] == configs[2]
     assert configs[0].data.dataset == ["d.jsonl", "e.jsonl"]
@@ -212,10 +215,33 @@ def test_mistakes_in_a_file_name_the_file(text: str, message: str, tmp_path: Pat
     assert str(caught.value) == f"{path}: {message}"
 
 
+def test_old_names_in_a_file(tmp_path: Path) -> None:
+    lines = "gradient_checkpointing: true\nuse_cpu: true\nno_plot: true\ndistributed_timeout_minutes: 3\nbf16: true\nmax_steps: -1\n"
+    path = write(tmp_path / "run.yaml", f"{lines}custom_train_dataset_path: [a, b]\nmodel_id_or_path: m\ntrain_type: full\npacking: false\n")
+    parsed = read_command("sft", [path], {})
+    flat = parsed.config.to_flat()
+    assert {name: flat[name] for name in parsed.config.changed()} == {
+        "recompute_granularity": "full",
+        "device": "cpu",
+        "plot": False,
+        "ddp_timeout": 180,
+        "torch_dtype": "bfloat16",
+        "dataset": ["a", "b"],
+        "model": "m",
+        "tuner_type": "full",
+    }
+    assert parsed.notes[0].startswith(f"read as: {path}: gradient_checkpointing -> --recompute_granularity full, {path}: use_cpu -> --device cpu, ")
+    assert len(parsed.notes) == 1
+
+
 def test_files_that_cannot_be_parsed(tmp_path: Path) -> None:
     broken_yaml, broken_json = write(tmp_path / "a.yaml", "a: 1\nb: [1"), write(tmp_path / "a.json", '{"a": 1,\n}')
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
-    for path, start in ((broken_yaml, ", line 2: not YAML: "), (broken_json, ", line 2: not JSON: "), (str(tmp_path / "b.yaml"), " cannot be read: ")):
+    for path, start in (
+        (broken_yaml, ", line 2: not YAML: "),
+        (broken_json, ", line 2: not JSON: "),
+        (str(tmp_path / "b.yaml"), " cannot be read: "),
+    ):
         with pytest.raises(ConfigError) as caught:
             parse_command("sft", [path])
         assert str(caught.value).startswith(f"{path}{start}")
@@ -258,20 +284,27 @@ def test_ckpt_dir_is_an_adapter_or_a_model(tmp_path: Path) -> None:
 
 
 JUNK = st.one_of(
-    st.text(max_size=8), st.sampled_from(["--model", "--lora_rank", "--dataset", "--plot", "--x", "--", "-", "true", "3", "run.yaml", "--columns", "{}", "--fp16"])
+    st.text(max_size=8),
+    st.sampled_from(["--model", "--lora_rank", "--dataset", "--plot", "--x", "--", "-", "true", "3", "run.yaml", "--columns", "{}", "--fp16"]),
 )
 
 
 @given(st.lists(JUNK, max_size=8))
 def test_any_words_give_a_config_or_one_line(words: list[str]) -> None:
-    try:
-        config = parse_command("sft", words)
-    except ConfigError as error:
-        assert str(error)
-        assert len(str(error).splitlines()) == 1
+    got = outcome(words)
+    if isinstance(got, str):
+        assert got
+        assert len(got.splitlines()) == 1
     else:
-        assert config.model.model
-        assert config.data.dataset
+        assert got.model.model
+        assert got.data.dataset
+
+
+def outcome(words: list[str]) -> SftConfig | str:
+    try:
+        return parse_command("sft", words)
+    except ConfigError as error:
+        return str(error)
 
 
 def test_yaml_of_a_config_reads_back(tmp_path: Path) -> None:

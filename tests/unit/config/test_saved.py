@@ -21,7 +21,8 @@ def adapter(folder: Path, args: dict[str, Any] | None = None, base: str | None =
 
 
 def test_our_own_args_json_completes_infer_and_export(tmp_path: Path) -> None:
-    trained = parse_command("sft", "--model org/m --dataset d --system hi --torch_dtype bfloat16 --trust_remote_code --max_length 99 --seed 3".split())
+    words = "--model org/m --dataset d --system hi --torch_dtype bfloat16 --trust_remote_code --max_length 99 --seed 3"
+    trained = parse_command("sft", words.split())
     folder = adapter(tmp_path / "out", trained.to_flat())
     config = parse_command("infer", ["--adapters", folder])
     assert (config.model.model, config.model.torch_dtype, config.template.system, config.data.max_length) == ("org/m", "bfloat16", "hi", 99)

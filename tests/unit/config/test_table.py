@@ -38,7 +38,8 @@ def test_full_training_does_not_show_lora() -> None:
 def test_it_fits_whatever_is_set() -> None:
     flags = SftConfig.flags()
     config = SftConfig.from_flat(
-        {name: 7 for name, flag in flags.items() if flag.kind == "int" and flag.default != 7} | {"model": "x" * 300, "system": "a\nb", "dataset": ["d"] * 99}
+        {name: 7 for name, flag in flags.items() if flag.kind == "int" and flag.default != 7}
+        | {"model": "x" * 300, "system": "a\nb", "dataset": ["d"] * 99}
     )
     text = format_table(config, width=80, max_lines=20)
     lines = text.splitlines()

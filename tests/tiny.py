@@ -1,0 +1,94 @@
+"""Tiny real checkpoints for tests: unequal dimensions and every tensor random, norms and biases too, so that a swap or a skip shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = (
+    "who are you",
+    "I am a tiny model with very few words",
+    "what is two plus two",
+    "it is four, of course",
+    "the swift is a bird that hardly ever lands",
+    "tell me more about birds and models",
+)
+DIMENSIONS: dict[str, Any] = {
+    "vocab_size": 331,
+    "hidden_size": 72,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 20,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def config_of(kind: str, **changes: Any) -> Any:
+    """A tiny transformers config: ``llama``, ``qwen2`` or ``qwen3``."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    dimensions = {**DIMENSIONS, **changes}
+    if kind == "qwen2":  # has no head_dim of its own
+        dimensions = {**dimensions, "hidden_size": dimensions["num_attention_heads"] * dimensions.pop("head_dim")}
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](**dimensions)
+
+
+def make_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A transformers model of that config with every tensor random."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config_of(kind, **changes), attn_implementation="eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.15, generator=generator)
+    return model.to(dtype).eval()
+
+
+def make_tokenizer(directory: Path, vocab_size: int = DIMENSIONS["vocab_size"]) -> None:
+    """A real byte-level BPE tokenizer with a ChatML template, written as transformers writes one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<|im_end|>", "<|im_start|>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(directory)
+
+
+def make_checkpoint(directory: Path, kind: str = "llama", **options: Any) -> Path:
+    """A complete Hugging Face directory: weights, config, tokenizer, chat template."""
+    make_model(kind, **options).save_pretrained(directory)
+    make_tokenizer(directory)
+    return directory
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    """Conversations of unequal length over the tokenizer's corpus."""
+    rows = []
+    for i in range(count):
+        question, answer = CORPUS[i % len(CORPUS)], " ".join(CORPUS[(i + j) % len(CORPUS)] for j in range(1 + i % 3))
+        rows.append({"messages": [{"role": "user", "content": f"{question} {i}"}, {"role": "assistant", "content": answer}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    return path
