@@ -32,8 +32,8 @@ def export(config: ExportConfig) -> None:
         else:
             with progress_bar("writing the model") as progress:
                 report = model.export_merged(target, max_shard_size=settings.max_shard_size, exist_ok=settings.exist_ok, progress=progress)
-            rate = report.bytes / 2**30 / max(report.seconds, 1e-9)
-            done = f"{report.tensors} tensors, {report.bytes / 2**20:,.0f} MiB in {report.files} file(s), {report.seconds:.1f} s, {rate:.2f} GiB/s: {target}"
+            size, rate = report.bytes / 2**20, report.bytes / 2**30 / max(report.seconds, 1e-9)
+            done = f"{report.tensors} tensors, {size:,.0f} MiB in {report.files} file(s), {report.seconds:.1f} s, {rate:.2f} GiB/s: {target}"
     if is_main_process():
         logger.info(done)
         flag = "--adapters" if adapter is not None and not settings.merge_lora else "--model"

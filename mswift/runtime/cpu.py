@@ -227,6 +227,21 @@ def _supply_megatron() -> None:
             setattr(moe_utils, name, None)
 
 
+def _supply_zero_resume() -> None:
+    """torch's AdamW keeps a step for every parameter, checkpoints keep one: hand the optimizer's own back where a load asks for it."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        _served("DistributedOptimizer.step")
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, {**{name: state[name] for name in ("step",) if name in state}, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_with_step
+
+
 _mode: _CpuServices | None = None
 
 
@@ -254,6 +269,7 @@ def install(*, force: bool = False) -> None:
     _supply_torch_cuda()
     _supply_collectives()
     _supply_megatron()
+    _supply_zero_resume()
     _mode = _CpuServices()
     _mode.__enter__()
 

@@ -145,12 +145,12 @@ class CheckpointWriter:
                 raise OSError(f"no space left: {free / 2**20:.0f} MiB free in {output_dir}, {int(total[0]) / 2**20:.0f} MiB needed; free some")
 
     def _write_resume(self, directory: Path, step: int) -> None:
-        from megatron.core import dist_checkpointing
+        from mswift.train.storage import save_state
 
         if is_main_process():
             (directory / "state").mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(self.engine.sharded_state(loading=False), str(directory / "state"), validate_access_integrity=False)
+        save_state(self.engine.sharded_state(loading=False), directory / "state")
         if is_main_process():
             layout = {"world": self.engine.groups.layout.world, "layout": self.engine.groups.layout.describe()}
             document = {"step": step, "identity": asdict(self.identity), **layout}
@@ -184,7 +184,7 @@ def resume(engine: Engine, directory: Path, identity: RunIdentity) -> int:
     Raises:
         CheckpointError: the checkpoint is of another model, of other trained tensors, or unreadable.
     """
-    from megatron.core import dist_checkpointing
+    from mswift.train.storage import load_state
 
     document = json.loads((directory / RESUME_DIR / RESUME_FILE).read_text(encoding="utf8"))
     saved = RunIdentity(**document["identity"])
@@ -192,7 +192,7 @@ def resume(engine: Engine, directory: Path, identity: RunIdentity) -> int:
     state: dict[str, Any] = {}
 
     def load() -> None:
-        state.update(dist_checkpointing.load(engine.sharded_state(loading=True), str(directory / RESUME_DIR / "state")))
+        state.update(load_state(engine.sharded_state(loading=True), directory / RESUME_DIR / "state"))
         engine.load_state(state)
 
     error = _attempt(load)

@@ -1,0 +1,81 @@
+"""A resumed run goes on where it was: on the same layout bit for bit, and on another one to rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.runs import Run, open_batches, open_engine, train
+from tests.tiny import make_checkpoint, write_rows
+
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+Figures = list[tuple[float, float]]
+
+
+def identity(engine: Any) -> Any:
+    from mswift.train.checkpoint import RunIdentity, fingerprint_model
+
+    return RunIdentity(fingerprint_model(engine.model.settings.directory), engine.trained_fingerprint(), "data", 8, 42)
+
+
+def train_save_train(rank: int, world: int, run: Run, output_dir: Path) -> Figures:
+    """Three steps, a checkpoint, three more; the figures of the last three."""
+    from mswift.train.checkpoint import CheckpointWriter
+
+    engine = open_engine(run, world)
+    batches = open_batches(run, engine)
+    train(engine, batches, run, steps=3)
+    CheckpointWriter(engine, identity(engine), lambda directory: directory.mkdir(exist_ok=True) if rank == 0 else None).save(output_dir, 3)
+    return [(result.loss, result.grad_norm) for result in train(engine, batches, run, start=3, steps=3)]
+
+
+def resume_train(rank: int, world: int, run: Run, output_dir: Path) -> Figures:
+    from mswift.train.checkpoint import find_checkpoint, resume
+
+    engine = open_engine(run, world)
+    directory = find_checkpoint("auto", output_dir)
+    assert directory is not None
+    step = resume(engine, directory, identity(engine))
+    return [(result.loss, result.grad_norm) for result in train(engine, open_batches(run, engine), run, start=step, steps=3)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("resume")
+    return Run(make_checkpoint(folder / "model"), write_rows(folder / "rows.jsonl"), lora=LORA)
+
+
+SAME_LAYOUT = {
+    "lora-bf16-tp1": (1, {"dtype": "bfloat16"}),
+    "lora-fp32-tp2": (2, {"tp": 2}),
+    "lora-bf16-tp2-pp2": (4, {"tp": 2, "pp": 2, "dtype": "bfloat16"}),
+    "full-bf16-dp2": (2, {"lora": None, "learning_rate": 1e-3, "dtype": "bfloat16"}),
+    "full-fp32-pp2": (2, {"pp": 2, "lora": None, "learning_rate": 1e-3}),
+    "full-bf16-dp2-zero1": (2, {"lora": None, "learning_rate": 1e-3, "dtype": "bfloat16", "distributed_optimizer": True}),
+}
+
+
+@pytest.mark.parametrize("case", SAME_LAYOUT)
+def test_resume_on_the_same_layout_is_bit_equal(case: str, base: Run, tmp_path: Path) -> None:
+    world, changes = SAME_LAYOUT[case]
+    run = replace(base, **changes)
+    went_on = run_distributed(train_save_train, world, run, tmp_path, timeout=180)[0]
+    resumed = run_distributed(resume_train, world, run, tmp_path, timeout=180)[0]
+    assert resumed == went_on
+    assert len({loss for loss, _ in went_on}) == 3
+    assert not list(tmp_path.glob(".*incomplete*"))
+
+
+@pytest.mark.parametrize(("written", "read"), [((1, {}), (2, {"tp": 2})), ((2, {"tp": 2}), (2, {"pp": 2})), ((2, {"pp": 2}), (2, {}))])
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_resume_on_another_layout(tuner: str, written: tuple[int, dict], read: tuple[int, dict], base: Run, tmp_path: Path) -> None:
+    run = base if tuner == "lora" else replace(base, lora=None, learning_rate=1e-3)
+    went_on = run_distributed(train_save_train, written[0], replace(run, **written[1]), tmp_path, timeout=180)[0]
+    resumed = run_distributed(resume_train, read[0], replace(run, **read[1]), tmp_path, timeout=180)[0]
+    for (loss, norm), (wanted, wanted_norm) in zip(resumed, went_on, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+        assert norm == pytest.approx(wanted_norm, rel=1e-3)
