@@ -46,8 +46,9 @@ def sft(config: SftConfig) -> None:
         eval_batches = _batches(config, session, eval_data, template, evaluation=True) if eval_data is not None else None
         identity = _identity(config, engine, directory, train_data, batches.global_batch_size)
         start = _resume(engine, resume_from, identity)
+        counts = engine.parameter_counts()  # all ranks count; one speaks
         if is_main_process():
-            _announce(config, engine, train_data, eval_data, output_dir)
+            _announce(config, engine, counts, train_data, eval_data, output_dir)
         _train(config, engine, batches, eval_batches, identity, output_dir, start, started)
         if config.save.merge_lora and config.tuner.tuner_type == "lora":
             engine.model.export_merged(output_dir / "merged", max_shard_size=config.save.max_shard_size, exist_ok=True)
@@ -179,13 +180,15 @@ def _resume(engine: MegatronEngine, resume_from: Path | None, identity: RunIdent
     return step
 
 
-def _announce(config: SftConfig, engine: MegatronEngine, train: EncodedDataset, evaluation: EncodedDataset | None, output_dir: Path) -> None:
+def _announce(
+    config: SftConfig, engine: MegatronEngine, counts: tuple[int, int], train: EncodedDataset, evaluation: EncodedDataset | None, output_dir: Path
+) -> None:
     """The table, once, and args.json; what was made of the data and the model in a line each."""
     if config.save.overwrite_output_dir:
         _remove_old_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "args.json").write_text(json.dumps(config.to_flat(), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
-    trained, total = engine.parameter_counts()
+    trained, total = counts
     model = engine.model
     print(format_table(config), flush=True)
     logger.info("model: %s, %s, %s of %s parameters trained", model.family.name, _name(model.dtype), f"{trained:,}", f"{total:,}")

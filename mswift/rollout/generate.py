@@ -72,9 +72,7 @@ class Generator:
             answers |= {piece.row: piece.answer for piece in pieces if piece.answer is not None}
         return [answers[row] for row in range(len(prompts))]
 
-    def stream(
-        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
-    ) -> Iterator[list[Piece]]:
+    def stream(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None) -> Iterator[list[Piece]]:
         """Answer `prompts` (token ids) together; after each token gives a piece for every row that is not finished.
 
         The caller may stop between two steps by leaving the iterator.

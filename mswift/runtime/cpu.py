@@ -202,11 +202,20 @@ def _supply_collectives() -> None:
     dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
+def _import_uncompiled() -> None:
+    """Import megatron-core with its fusions as plain functions: torch.compile takes seconds to import and minutes to compile on CPU."""
+    compiler = torch.compile
+    torch.compile = lambda function, *_, **__: function
+    try:
+        from megatron.core import jit
+    finally:
+        torch.compile = compiler
+    jit.disable_jit_fuser()
+
+
 def _supply_megatron() -> None:
     """The three places inside megatron-core where a CPU tensor takes a wrong turn."""
-    from megatron.core import jit
-
-    jit.disable_jit_fuser()  # before the modules that decorate with it: torch.compile would compile for minutes here
+    _import_uncompiled()
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 

@@ -1,0 +1,69 @@
+"""From messages to the token ids that a model goes on from: the chat template's prompt, and what every answer has to begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mswift.data.rows import Row
+from mswift.errors import DataError
+from mswift.templates.chat import ChatTemplate, Message
+
+
+class PromptEncoder:
+    """Messages -> prompt ids.
+
+    Args:
+        template: of the checkpoint. prefix: text that every answer begins with; the model goes on after it.
+    """
+
+    def __init__(self, template: ChatTemplate, prefix: str = "") -> None:
+        self.template, self.prefix = template, prefix
+        self._prefix_ids: list[int] = template.tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Raises `DataError` where the template refuses the messages."""
+        return self.template.encode_prompt(messages) + self._prefix_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A row to answer.
+
+    Args:
+        messages: what the model is shown. label: the row's own answer, or None. prompt: token ids. columns: the row's other columns.
+    """
+
+    messages: list[Message]
+    label: str | None
+    prompt: list[int]
+    columns: dict[str, Any]
+
+
+def make_questions(rows: Sequence[Row], encoder: PromptEncoder, *, max_length: int, cut_left: bool = False) -> list[Question]:
+    """Rows to questions; a last assistant turn is the label and is not shown to the model.
+
+    Args:
+        max_length: tokens of prompt and answer together; a prompt leaves room for at least one. cut_left: of a longer prompt its end is kept.
+
+    Raises:
+        DataError: with file and line: nothing to answer, the template refuses the row, or its prompt is too long.
+    """
+    questions = []
+    for row in rows:
+        messages = [dict(message) for message in row.messages]
+        label = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+        if not messages:
+            raise DataError(f"{row.where}: holds an assistant turn only; wanted a user turn to answer")
+        try:
+            prompt = encoder.encode(messages)
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        if len(prompt) >= max_length and not cut_left:
+            raise DataError(
+                f"{row.where}: the prompt has {len(prompt)} tokens and the longest sequence is {max_length}; shorten the row, or give "
+                "--truncation_strategy left to keep the end of it"
+            )
+        questions.append(Question(messages, label, prompt[-(max_length - 1) :], row.columns))
+    return questions

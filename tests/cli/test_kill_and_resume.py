@@ -1,0 +1,78 @@
+"""`kill -9` in the middle of an epoch, then ``--resume_from_checkpoint auto``: the losses are those of a run that nobody killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_checkpoint, write_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(model: Path, rows: Path, output: Path, *extra: str) -> list[str]:
+    flags = "--micro_batch_size 2 --global_batch_size 4 --num_train_epochs 2 --logging_steps 1 --save_steps 3 --learning_rate 1e-2"
+    options = [*flags.split(), "--plot", "false", "--report_to", "none", "--output_dir", str(output), *extra]
+    return [sys.executable, "-m", "mswift.cli", "sft", "--model", str(model), "--dataset", str(rows), *options]
+
+
+def environment(processes: int) -> dict[str, str]:
+    many = {"NPROC_PER_NODE": str(processes)} if processes > 1 else {}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **many}
+
+
+def losses(output: Path) -> dict[int, tuple[float, float]]:
+    rows = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}), "a step was logged twice"
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("extra", [("--torch_dtype", "bfloat16"), ("--tensor_model_parallel_size", "2")], ids=["bf16", "tp2"])
+def test_resume_after_kill(extra: tuple[str, ...], tmp_path: Path) -> None:
+    processes = 2 if "--tensor_model_parallel_size" in extra else 1
+    model, rows = make_checkpoint(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(model, rows, whole, *extra), env=environment(processes), check=True, capture_output=True, timeout=170)
+    expected = losses(whole)
+    assert len(expected) == 12
+
+    process = subprocess.Popen(
+        command(model, rows, broken, *extra),
+        env=environment(processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(broken / "checkpoint-3" / "resume" / "resume.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = sorted(path.name for path in broken.glob("checkpoint-*"))
+    assert "checkpoint-12" not in done, "the run was over before it was killed"
+
+    again = subprocess.run(
+        command(model, rows, broken, *extra, "--resume_from_checkpoint", "auto"),
+        env=environment(processes),
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "steps are done" in again.stderr
+    assert losses(broken) == expected
