@@ -21,6 +21,7 @@ from mswift.data.batches import MicroBatch
 from mswift.engines.base import StepResult
 from mswift.engines.megatron_model import MegatronModel
 from mswift.families.model import global_name, shard_of
+from mswift.families.modules import CausalLM
 from mswift.objectives.base import Objective, Outputs
 
 
@@ -156,12 +157,13 @@ class MegatronEngine:
         if loading:
             self._create_optimizer_state()
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-        weights: dict[str, Any] = {}
-        for chunk in self.model.chunks:
-            trained = {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
-            described = chunk.sharded_state_dict(metadata=metadata)
-            weights.update({name: tensor for name, tensor in described.items() if name.replace(".base_layer.", ".") in trained or name in trained})
+        weights = {str(number): self._trained_weights(chunk, metadata) for number, chunk in enumerate(self.model.chunks)}
         return {"model": weights, "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
+
+    def _trained_weights(self, chunk: CausalLM, metadata: dict[str, Any]) -> dict[str, Any]:
+        """megatron's description of what is trained in one chunk, by local name; the wrapped layers of adapters go by the layer's own."""
+        trained = {name.replace(".base_layer.", ".") for name, parameter in chunk.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in chunk.sharded_state_dict(metadata=metadata).items() if name in trained}
 
     def _torch_optimizers(self) -> list[torch.optim.Optimizer]:
         chained = self.optimizer.chained_optimizers
@@ -177,12 +179,11 @@ class MegatronEngine:
                         optimizer.state[parameter].update(step=torch.tensor(0.0), **state)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for chunk in self.model.chunks:
+        for number, chunk in enumerate(self.model.chunks):
             own = dict(chunk.named_parameters())
             with torch.no_grad():
-                for name, tensor in state["model"].items():
-                    if name in own:
-                        own[name].copy_(tensor)
+                for name, tensor in state["model"][str(number)].items():
+                    own[name].copy_(tensor)
         with torch.no_grad():
             self.optimizer.load_state_dict(state["optimizer"])
         for optimizer in self._torch_optimizers():

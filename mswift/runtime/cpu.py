@@ -205,7 +205,7 @@ def _supply_collectives() -> None:
 def _import_uncompiled() -> None:
     """Import megatron-core with its fusions as plain functions: torch.compile takes seconds to import and minutes to compile on CPU."""
     compiler = torch.compile
-    torch.compile = lambda function, *_, **__: function
+    torch.compile = lambda function, *_, **__: function  # type: ignore[assignment]
     try:
         from megatron.core import jit
     finally:

@@ -205,8 +205,6 @@ def _check_identity(saved: RunIdentity, now: RunIdentity, directory: Path) -> No
     if saved.model != now.model:
         raise CheckpointError(f"{directory} was made from another base model than --model; give the model that the run was started with")
     if saved.trained != now.trained:
-        raise CheckpointError(
-            f"{directory} holds other trained tensors (rank, targets, full for LoRA, a TP size that pads heads); use its args.json"
-        )
+        raise CheckpointError(f"{directory} holds other trained tensors (rank, targets, full for LoRA, a TP size that pads heads); use its args.json")
     if (saved.data, saved.global_batch_size, saved.seed) != (now.data, now.global_batch_size, now.seed):
         logger.warning("%s: the data, global_batch_size or seed changed since; rows may be seen twice or not at all in this epoch", directory)

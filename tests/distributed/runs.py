@@ -12,10 +12,14 @@ from mswift.engines.base import StepResult
 
 @dataclass(frozen=True)
 class Run:
-    """What to train, and how. `transformer` are TransformerConfig fields; `lora` are LoraSettings fields, None = every weight."""
+    """What to train, and how.
+
+    `transformer` are TransformerConfig fields; `lora` are LoraSettings fields, None = every weight; `adapter` is a PEFT directory to go on
+    from; `max_grad_norm` 0 leaves the gradients as they are.
+    """
 
     checkpoint: Path
-    rows: Path
+    rows: Path = Path()
     tp: int = 1
     pp: int = 1
     vpp: int = 1
@@ -27,6 +31,8 @@ class Run:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     lora: dict[str, Any] | None = None
+    adapter: Path | None = None
+    max_grad_norm: float = 1.0
     transformer: dict[str, Any] | None = None
 
 
@@ -45,7 +51,9 @@ def open_engine(run: Run, world: int) -> Any:
     model = MegatronModel(settings, groups, runtime)
     if run.lora is not None:
         model.add_lora(LoraSettings(**run.lora))
-    optimizer = OptimizerSettings(use_distributed_optimizer=run.distributed_optimizer)
+    if run.adapter is not None:
+        model.load_adapter(run.adapter)
+    optimizer = OptimizerSettings(use_distributed_optimizer=run.distributed_optimizer, max_grad_norm=run.max_grad_norm)
     return MegatronEngine(model, optimizer, seed=7, source=str(run.checkpoint))
 
 

@@ -54,6 +54,7 @@ SAME_LAYOUT = {
     "lora-fp32-tp2": (2, {"tp": 2}),
     "lora-bf16-tp2-pp2": (4, {"tp": 2, "pp": 2, "dtype": "bfloat16"}),
     "full-bf16-dp2": (2, {"lora": None, "learning_rate": 1e-3, "dtype": "bfloat16"}),
+    "lora-fp32-pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
     "full-fp32-pp2": (2, {"pp": 2, "lora": None, "learning_rate": 1e-3}),
     "full-bf16-dp2-zero1": (2, {"lora": None, "learning_rate": 1e-3, "dtype": "bfloat16", "distributed_optimizer": True}),
 }

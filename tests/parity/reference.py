@@ -1,0 +1,66 @@
+"""The other side of the parity tests: what transformers and peft make of the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mswift.data.batches import IGNORED_LABEL, MicroBatch
+from tests.parity.ranks import Measured
+
+VOCABULARY = 331
+
+
+def random_batches(seed: int = 0) -> list[MicroBatch]:
+    """Two micro batches of unequal length, labels at about two places of three, with fractional weights."""
+    generator = torch.Generator().manual_seed(seed)
+    return [_random_batch(index, shape, generator) for index, shape in enumerate([(2, 21), (2, 13)])]
+
+
+def _random_batch(index: int, shape: tuple[int, int], generator: torch.Generator) -> MicroBatch:
+    ids = torch.randint(3, VOCABULARY, (shape[0], shape[1] + 1), generator=generator)
+    weights = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.66)
+    labels = ids[:, 1:].masked_fill(weights == 0, IGNORED_LABEL)
+    positions = torch.arange(shape[1]).expand(shape).contiguous()
+    return MicroBatch(ids[:, :-1].contiguous(), labels, weights, positions, index, ids[:, :-1].numel(), [])
+
+
+def measure_reference(model: Any, batches: Sequence[MicroBatch]) -> Measured:
+    """Logits of the first micro batch, loss of all, and the norm of its gradients, which stay in the model."""
+    total, weight = torch.zeros(()), sum(float(batch.weights.sum()) for batch in batches)
+    first: Tensor | None = None
+    model.zero_grad()
+    for batch in batches:
+        logits = model(batch.input_ids, use_cache=False).logits.float()
+        log_probs = logits.log_softmax(-1).gather(2, batch.labels.clamp(min=0)[..., None]).squeeze(2)
+        total = total - (log_probs * batch.weights).sum() / weight
+        first = logits.detach() if first is None else first
+    total.backward()
+    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    return Measured(first, total.item(), torch.stack(norms).norm().item())
+
+
+def load_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of the safetensors files of a directory, read by the safetensors library itself."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def distance(ours: Tensor | None, theirs: Tensor | None) -> float:
+    """The largest difference of two tensors of one shape."""
+    assert ours is not None
+    assert theirs is not None
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max())
+
+
+def last_stage(ranks: Sequence[Measured]) -> Tensor:
+    """The logits that the ranks of the last stage agree on."""
+    found = [rank.logits for rank in ranks if rank.logits is not None]
+    assert all(torch.equal(logits, found[0]) for logits in found), "tensor-parallel ranks have different logits"
+    return found[0]
