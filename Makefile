@@ -31,7 +31,7 @@ $(STAMP): requirements.lock pyproject.toml setup.py
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[setup] $$(grep -c == requirements.lock) pinned packages; the first time takes some minutes ($(LOG) has the details)"
 	@$(BIN)/pip install -r requirements.lock 2>&1 | tee $(LOG) | awk -v total=$$(grep -c == requirements.lock) \
-		'/^Collecting/ && ++n % 10 == 0 { print "[setup] " n " of " total " packages found" } \
+		'/^(Collecting|Processing)/ && ++n % 10 == 0 { print "[setup] " n " of " total " packages found" } \
 		 /^Installing collected/ { print "[setup] installing" } /^ERROR/ { print } { fflush() }'
 	@echo "[setup] mswift itself, from this folder"
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation -e . >> $(LOG) 2>&1 || { cat $(LOG) >&2; exit 2; }

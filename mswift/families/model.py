@@ -20,7 +20,7 @@ from torch import nn
 from mswift.conversion.shards import Shard
 from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription, find_family
-from mswift.families.modules import BiasedColumnParallelLinear, BiasedRowParallelLinear, CausalLM, RMSNorm, SdpaAttention
+from mswift.families.modules import BiasedColumnParallelLinear, BiasedRowParallelLinear, CausalLM, RMSNorm, RotatedCacheAttention, SdpaAttention
 from mswift.parallel.groups import Groups
 from mswift.runtime.device import Runtime
 
@@ -80,10 +80,11 @@ def transformer_config(
 
 
 def _layer_spec(config: TransformerConfig, description: MegatronDescription) -> ModuleSpec:
-    """megatron's own local spec with our norm, core attention and, where the family has them, biased linears."""
+    """megatron's own local spec with our norm, attention cache, core attention and, where the family has them, biased linears."""
     spec = get_gpt_layer_local_spec(num_experts=None, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     block = spec.submodules
     block.input_layernorm = block.pre_mlp_layernorm = RMSNorm
+    block.self_attention.module = RotatedCacheAttention
     attention, mlp = block.self_attention.submodules, block.mlp.submodules
     attention.core_attention = SdpaAttention
     for name in ("q_layernorm", "k_layernorm"):

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -104,6 +106,28 @@ def _window_of_layer(config: TransformerConfig, layer_number: int) -> int | None
     skip = config.window_attn_skip_freq
     full = layer_number % skip == 0 if isinstance(skip, int) else skip is not None and not skip[layer_number - 1]
     return None if full else config.window_size[0] + 1
+
+
+class RotatedCacheAttention(SelfAttention):
+    """megatron's attention whose key-value cache holds keys after rotation; the stock one rotates the whole cache again for every new token."""
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: tuple[Tensor, Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        if inference_context is not None and rotary_pos_emb is not None:
+            start = inference_context.sequence_len_offset
+            of_query, of_key = (table[start : start + key.shape[0]] for table in rotary_pos_emb)
+            query = apply_rotary_pos_emb(query, of_query, config=self.config, cp_group=self.pg_collection.cp)
+            key = apply_rotary_pos_emb(key, of_key, config=self.config, cp_group=self.pg_collection.cp)
+            rotary_pos_emb = None
+        return super()._adjust_key_value_for_inference(inference_context, query, key, value, rotary_pos_emb, *args, **kwargs)
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):
