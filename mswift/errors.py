@@ -7,6 +7,12 @@ A message says what was got, what was wanted and what to change, on one line. `m
 from __future__ import annotations
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What another library says in however many lines, as one of at most `limit` characters; the name of the error where it says nothing."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 class MswiftError(Exception):
     """Base of all errors that carry a message for the user."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mswift.config import ModelSection, ParallelSection, RuntimeSection, TemplateSection
-from mswift.errors import ConfigError, ModelError
+from mswift.config import Config, ModelSection, ParallelSection, RuntimeSection, TemplateSection
+from mswift.conversion.directories import check_tokenizer
+from mswift.errors import ConfigError, ModelError, one_line
+from mswift.parallel.layout import ParallelLayout
 
 if TYPE_CHECKING:
     from mswift.engines.megatron_model import MegatronModel
@@ -32,20 +36,74 @@ class Session:
     groups: Groups
 
 
+def check(config: Config, world: int) -> None:
+    """Find what is wrong with a model on this machine, or with its layout over `world` processes, before any of them is started.
+
+    Needs no torch. A model that has yet to be downloaded is left to `find_model`.
+
+    Raises:
+        ModelError, ConfigError, LayoutError: with what to change.
+    """
+    from mswift.conversion.hub import local_model
+
+    directory = local_model(config.model.model)
+    layout = ParallelLayout(world=world, **config.parallel.sizes())
+    _check_axes(layout)
+    if directory is not None:
+        sizes = check_model(directory, config.model)
+        if all(isinstance(size, int) for size in sizes.values()):
+            layout.check_model(**sizes)
+
+
 def find_model(model: ModelSection) -> Path:
     """The local directory of ``--model``, checked for what a checkpoint needs before anything heavy starts.
 
     Raises:
-        ModelError: no such model, or a file is missing or damaged.
+        ModelError: no such model, or a file is missing or damaged. ConfigError: its dtype cannot be held.
     """
     from mswift.conversion.hub import resolve_model
-    from mswift.conversion.safetensors_io import CheckpointReader
 
     directory = resolve_model(
         model.model, use_hf=model.use_hf, revision=model.model_revision, token=model.hub_token, trust_remote_code=model.trust_remote_code
     )
-    CheckpointReader(directory).close()
+    check_model(directory, model)
     return directory
+
+
+def check_model(directory: Path, model: ModelSection) -> dict[str, Any]:
+    """Read the headers and the config of a checkpoint; returns the sizes that a layout has to divide, as the config has them.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the architecture is not supported. ConfigError: its dtype cannot be held.
+    """
+    from mswift.conversion.directories import CONFIG_FILE, read_json, read_weights
+    from mswift.families import choose_dtype, find_family
+
+    read_weights(directory)
+    config = read_json(directory / CONFIG_FILE)
+    find_family(config.get("architectures"), str(directory))
+    choose_dtype(model.torch_dtype, config.get("dtype") or config.get("torch_dtype"), str(directory))
+    return {"num_layers": config.get("num_hidden_layers"), "ffn_size": config.get("intermediate_size")}
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder that cannot be made or written to, before the work whose result it is for; leaves nothing behind.
+
+    Raises:
+        ConfigError: a file is in the way, or the nearest folder that exists takes no new entry.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigError(f"{flag} {folder}: {existing} is not a folder; give another place")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".mswift-", dir=existing))
+    except OSError as error:
+        raise ConfigError(f"{flag} {folder}: {existing} cannot be written to ({error.strerror}); give another folder, or mend this one") from None
+
+
+def _check_axes(layout: ParallelLayout) -> None:
+    if layout.cp > 1 or layout.ep > 1:
+        raise ConfigError(f"context and expert parallelism are not supported yet, got cp({layout.cp}) and ep({layout.ep}); use 1")
 
 
 @contextmanager
@@ -59,15 +117,13 @@ def open_session(directory: Path, parallel: ParallelSection, runtime_section: Ru
     import torch.distributed as dist
 
     from mswift.parallel.groups import make_groups
-    from mswift.parallel.layout import ParallelLayout
     from mswift.runtime.device import init_processes, leave_processes, select
 
     runtime = select(runtime_section.device)
     init_processes(runtime, backend=runtime_section.ddp_backend, timeout_s=runtime_section.ddp_timeout)
     try:
         layout = ParallelLayout(world=dist.get_world_size(), **parallel.sizes())
-        if layout.cp > 1 or layout.ep > 1:
-            raise ConfigError(f"context and expert parallelism are not supported yet, got cp({layout.cp}) and ep({layout.ep}); use 1")
+        _check_axes(layout)
         yield Session(directory, runtime, make_groups(layout))
     finally:
         leave_processes()
@@ -76,7 +132,8 @@ def open_session(directory: Path, parallel: ParallelSection, runtime_section: Ru
 def quiet_libraries() -> None:
     """Keep what other libraries say to themselves off the user's screen; errors still come through."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|peft)\..*")
-    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|nvidia|CUDA_DEVICE_MAX_CONNECTIONS).*")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|nvidia|CUDA_DEVICE_MAX_CONNECTIONS|ShardedTensor).*")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -87,17 +144,26 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{directory} has no usable tokenizer ({reason}); wanted tokenizer.json and tokenizer_config.json beside it") from error
+    except Exception as error:  # the tokenizers library raises plain ones
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(
+            f"{directory} has no usable tokenizer ({reason}); wanted tokenizer.json and tokenizer_config.json; download them again"
+        ) from error
 
 
 def make_template(directory: Path, model: ModelSection, template: TemplateSection) -> ChatTemplate:
-    """The checkpoint's own chat template with the settings of the run."""
+    """The checkpoint's own chat template with the settings of the run.
+
+    Raises:
+        ModelError: the config or the tokenizer of the checkpoint is missing or wrong. DataError: there is no chat template.
+    """
+    from mswift.families.model import read_hf_config
     from mswift.templates.chat import ChatTemplate
 
+    read_hf_config(directory, trust_remote_code=model.trust_remote_code)  # the tokenizer reads it too, and would be blamed for it
     tokenizer = load_tokenizer(directory, trust_remote_code=model.trust_remote_code)
     return ChatTemplate(tokenizer, system=template.system, loss_scale=template.loss_scale, enable_thinking=template.enable_thinking)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from mswift.conversion.directories import listing
 from mswift.conversion.rules import AnyRule, Drop, Rule, Shape
-from mswift.conversion.safetensors_io import listing
 from mswift.errors import ConversionError
 
 

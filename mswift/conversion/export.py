@@ -21,11 +21,12 @@ import torch
 
 from mswift.conversion.collective import ExportGroups, agree, any_failed, exchange, gather_shards
 from mswift.conversion.coverage import fail_on, gap
+from mswift.conversion.directories import INDEX_FILE
 from mswift.conversion.export_plan import ExportParameter, ExportPlan, cast_of, held_by_stages, plan_export
 from mswift.conversion.file_plan import index_of
 from mswift.conversion.load import Progress
 from mswift.conversion.rules import AnyRule, Rule
-from mswift.conversion.safetensors_io import INDEX_FILE, ShardWriter
+from mswift.conversion.safetensors_io import ShardWriter
 from mswift.conversion.shards import cut_sources
 from mswift.conversion.staging import check_space, check_target, make_temporary, parse_size, publish
 from mswift.errors import ConversionError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mswift.conversion.safetensors_io import SINGLE_FILE, TensorSpec
+from mswift.conversion.directories import SINGLE_FILE
+from mswift.conversion.safetensors_io import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

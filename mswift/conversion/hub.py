@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from mswift.errors import MissingExtraError, ModelError
+from mswift.errors import MissingExtraError, ModelError, one_line
 
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 DUPLICATES = ["original/*", "onnx/*", "consolidated*.safetensors"]  # the same weights in a layout that is not read here
@@ -30,16 +31,29 @@ def resolve_model(
         ModelError: a path that does not exist, an id that the hub does not have, or no connection.
         MissingExtraError: ModelScope's client is not installed.
     """
+    local = local_model(name_or_path)
+    if local is not None:
+        return local
+    name = str(name_or_path).strip()
+    patterns = [*PATTERNS, *(["*.py"] if trust_remote_code else [])]
+    return _from_hugging_face(name, revision, token, patterns) if use_hf else _from_modelscope(name, revision, token, patterns)
+
+
+def local_model(name_or_path: str | Path) -> Path | None:
+    """The directory of a model that is on this machine; None for the id of one on a hub, which is not asked.
+
+    Raises:
+        ModelError: no name, or a path that does not exist.
+    """
     name = str(name_or_path).strip()
     if not name:
         raise ModelError("the name of the model is empty; give an existing directory or a hub id such as Qwen/Qwen3-0.6B")
     path = Path(name).expanduser()
-    if path.exists():
+    if os.path.exists(path):
         return path
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.fullmatch(name):
         raise ModelError(f"model directory {name} does not exist; give an existing directory or a hub id such as Qwen/Qwen3-0.6B")
-    patterns = [*PATTERNS, *(["*.py"] if trust_remote_code else [])]
-    return _from_hugging_face(name, revision, token, patterns) if use_hf else _from_modelscope(name, revision, token, patterns)
+    return None
 
 
 def _from_hugging_face(name: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
@@ -71,5 +85,5 @@ def _from_modelscope(name: str, revision: str | None, token: str | None, pattern
 
 
 def _unreachable(name: str, hub: str, error: Exception) -> ModelError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    reason = one_line(error).split(". ")[0]
     return ModelError(f"{name} is not a local directory and could not be had from {hub} ({reason}); check the name and the connection")

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from mswift.conversion.adapters import adapted_modules
+from mswift.conversion.directories import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter_config
 from mswift.conversion.safetensors_io import SafetensorsFile, TensorSpec, save_file
 from mswift.conversion.staging import staged
 from mswift.errors import ConversionError, ModelError
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS_FILE, CONFIG_FILE = ADAPTER_FILE, ADAPTER_CONFIG_FILE
 
 # Settings of LoraConfig that say nothing about what a finished adapter computes; any other that is set is refused.
 _HARMLESS = {
@@ -145,7 +146,7 @@ def read_peft(directory: str | Path) -> PeftAdapter:
         ConversionError: an adapter of a kind that has no counterpart here (DoRA, biases, whole modules saved, ...).
     """
     path = Path(directory)
-    config = _read_config(path)
+    config = read_adapter_config(path)
     _refuse_unsupported(path, config)
     file = SafetensorsFile(path / WEIGHTS_FILE)
     tensors = {}
@@ -165,23 +166,6 @@ def read_peft(directory: str | Path) -> PeftAdapter:
     )
     _level_scales(path, adapter, config.get("rank_pattern") or {}, config.get("alpha_pattern") or {})
     return adapter
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise ModelError(f"adapter directory {path} does not exist; give a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if not (path / CONFIG_FILE).is_file():
-        raise ModelError(f"{path} has no {CONFIG_FILE}; give the directory of a PEFT adapter")
-    if not (path / WEIGHTS_FILE).is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        why = "its weights as pickle only, which can run code; save it again with peft" if pickled else f"no {WEIGHTS_FILE}; copy it again"
-        raise ModelError(f"{path} has {why}")
-    try:
-        config = json.loads((path / CONFIG_FILE).read_bytes())
-        float(config["lora_alpha"]) / int(config["r"])
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        raise ModelError(f"{path / CONFIG_FILE} is not the config of a LoRA adapter (peft_type LORA, r, lora_alpha); copy it again") from None
-    return dict(config)
 
 
 def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """Safetensors files, read by slice and written by stream: a rank moves only the bytes it keeps, one tensor at a time.
 
 Reading goes through plain positioned reads into the destination, not through a memory map: a file that shrinks underneath is an error
-rather than a crash, and network file systems read ahead. The format: 8 bytes of header length, JSON with ``dtype``, ``shape`` and
-``data_offsets`` of every tensor, then the bytes without a hole (https://github.com/huggingface/safetensors).
+rather than a crash, and network file systems read ahead. What a directory holds is read by `mswift.conversion.directories`.
 """
 
 from __future__ import annotations
@@ -10,22 +9,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from mswift.conversion.directories import Header, damaged, listing, open_file, parse_header, read_weights
 from mswift.conversion.rules import Shape
 from mswift.errors import ConversionError, ModelError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
-_MAX_HEADER = 100_000_000  # the limit of the reference implementation
-_LFS_POINTER = b"version https://git-lfs"
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -72,57 +68,24 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 class SafetensorsFile:
     """One open file: its header is checked against its size at once, its bytes are read when asked for.
 
+    Args:
+        header: of this file, if it has been read already.
+
     Raises:
         ModelError: the file is absent, truncated or corrupt.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: Header | None = None) -> None:
         self.path = path
+        self._file = open_file(path)
         try:
-            self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (stays open as long as the object)
-        except OSError as error:
-            raise ModelError(f"cannot open {path}: {error.strerror}; check the path and its permissions") from None
-        try:
-            self._open()
+            header = header or parse_header(self._file, path)
         except BaseException:
             self._file.close()
             raise
-
-    def _open(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        start = self._file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise ModelError(f"{self.path} is a git-lfs pointer, wanted the weights themselves; run `git lfs pull` in its directory")
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise self._damaged(f"{size} bytes do not hold its header")
-        self._file.seek(8)
-        try:
-            header = json.loads(self._file.read(length))
-            self.metadata: dict[str, str] = dict(header.pop("__metadata__", None) or {})
-            spans = [(int(begin), int(stop), name) for name, entry in header.items() for begin, stop in [entry["data_offsets"]]]
-            types = {name: str(entry["dtype"]) for name, entry in header.items()}
-            shapes = {name: tuple(int(size) for size in entry["shape"]) for name, entry in header.items()}
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-            raise self._damaged("its header is not that of a safetensors file") from None
-        unknown = sorted(set(types.values()) - set(_DTYPES))
-        if unknown:
-            raise ModelError(f"{self.path} has tensors of {listing('unknown type', unknown)}; known are {', '.join(_DTYPES)}")
-        self.specs = {name: TensorSpec(_DTYPES[types[name]], shapes[name]) for name in header}
-        self._offsets = self._check_spans(spans, 8 + length, size)
-
-    def _check_spans(self, spans: list[tuple[int, int, str]], start: int, size: int) -> dict[str, int]:
-        end = 0
-        for begin, stop, name in sorted(spans):
-            if begin != end or stop - begin != self.specs[name].nbytes:
-                raise self._damaged(f"the bytes of {name} do not fit its shape and its neighbours")
-            end = stop
-        if start + end != size:
-            raise self._damaged(f"it has {size} bytes, its header describes {start + end}")
-        return {name: start + begin for begin, _, name in spans}
-
-    def _damaged(self, what: str) -> ModelError:
-        return ModelError(f"{self.path} is truncated or corrupt: {what}; download or copy it again")
+        self.metadata = header.metadata
+        self.specs = {name: TensorSpec(_DTYPES[entry.type], entry.shape) for name, entry in header.tensors.items()}
+        self._offsets = {name: entry.offset for name, entry in header.tensors.items()}
 
     def read_into(self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
         """Fill ``out`` with rows ``[start, stop)`` of dim 0 and columns ``[start, stop)`` of dim 1, reading no other bytes.
@@ -154,7 +117,7 @@ class SafetensorsFile:
             except OSError as error:
                 raise ModelError(f"cannot read {self.path}: {error.strerror}; check the disk, or copy the file again") from None
             if count == 0:
-                raise self._damaged("it became shorter while it was read")
+                raise damaged(self.path, "it became shorter while it was read")
             view, offset = view[count:], offset + count
 
     def close(self) -> None:
@@ -185,32 +148,14 @@ class CheckpointReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._files: dict[str, SafetensorsFile] = {}
-        self._where: dict[str, SafetensorsFile] = {}
-        _check_directory(self.directory)
+        weights = read_weights(self.directory)
         try:
-            if (self.directory / SINGLE_FILE).is_file():
-                self._add(SINGLE_FILE)
-            else:
-                self._add_indexed(_read_index(self.directory / INDEX_FILE))
+            for filename, header in weights.headers.items():
+                self._files[filename] = SafetensorsFile(self.directory / filename, header)
         except BaseException:
             self.close()
             raise
-
-    def _add(self, filename: str) -> None:
-        self._files[filename] = SafetensorsFile(self.directory / filename)
-        self._where.update(dict.fromkeys(self._files[filename].specs, self._files[filename]))
-
-    def _add_indexed(self, weight_map: dict[str, str]) -> None:
-        filenames = sorted(set(weight_map.values()))
-        absent = [name for name in filenames if Path(name).name != name or not (self.directory / name).is_file()]
-        if absent:
-            raise ModelError(f"{self.directory / INDEX_FILE} names {listing('absent file', absent)}; download the model again")
-        for filename in filenames:
-            self._add(filename)
-        wrong = [name for name, filename in weight_map.items() if name not in self._files[filename].specs]
-        if wrong:
-            raise ModelError(f"{self.directory / INDEX_FILE} names {listing('tensor', wrong)} absent from the files; download the model again")
-        self._where.update({name: self._files[filename] for name, filename in weight_map.items()})
+        self._where = {name: self._files[filename] for name, filename in weights.where.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -254,45 +199,6 @@ class CheckpointReader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def listing(what: str, names: Iterable[str], limit: int = 8) -> str:
-    """``3 absent tensors (a, b, c)``; past ``limit`` names the rest is a number."""
-    all_names = sorted(names)
-    shown = ", ".join(all_names[:limit]) + (f" and {len(all_names) - limit} more" if len(all_names) > limit else "")
-    return f"{len(all_names)} {what}{'s' if len(all_names) != 1 else ''} ({shown})"
-
-
-def _check_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise ModelError(f"model directory {directory} {'is a file' if directory.exists() else 'does not exist'}; give the directory of a checkpoint")
-    entries = sorted(path.name for path in directory.iterdir())
-    if not entries:
-        raise ModelError(f"model directory {directory} is empty; wanted config.json and {SINGLE_FILE}")
-    if "config.json" not in entries:
-        raise ModelError(f"model directory {directory} has no config.json; give the directory of a Hugging Face checkpoint")
-    if SINGLE_FILE in entries or INDEX_FILE in entries:
-        return
-    pickles = [name for name in entries if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
-    others = [name for name in entries if name.endswith(".safetensors")]
-    if others:
-        raise ModelError(f"{directory} has {listing('safetensors file', others)} but neither {SINGLE_FILE} nor {INDEX_FILE}; download the index too")
-    if pickles:
-        raise ModelError(
-            f"{directory} has its weights as pickle only ({pickles[0]}), which can run code; save it again as safetensors with transformers: "
-            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
-        )
-    raise ModelError(f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}; download the weights too")
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError):
-        weight_map = None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(value, str) for value in weight_map.values()):
-        raise ModelError(f"{path} is not the index of a checkpoint (no weight_map); download it again")
-    return weight_map
 
 
 class ShardWriter:

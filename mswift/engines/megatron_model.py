@@ -25,7 +25,7 @@ from mswift.conversion.safetensors_io import CheckpointReader
 from mswift.conversion.shards import take
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families import find_family
-from mswift.families.base import HfConfig, MegatronDescription, ModelFamily
+from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
 from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, shard_of, transformer_config
 from mswift.families.modules import CausalLM
 from mswift.log import is_main_process
@@ -44,7 +44,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class MegatronModel:
         self.hf_config: HfConfig = read_hf_config(settings.directory, trust_remote_code=settings.trust_remote_code)
         self.family: ModelFamily = find_family(self.hf_config.architectures, str(settings.directory))
         self.description: MegatronDescription = self.family.describe(self.hf_config)
-        self.dtype = _choose_dtype(settings, self.hf_config)
+        self.dtype: torch.dtype = _DTYPES[choose_dtype(settings.dtype, self.hf_config.dtype, str(settings.directory))]
         self.config = transformer_config(
             self.description, groups, runtime, dtype=self.dtype, sequence_parallel=settings.sequence_parallel, **(settings.transformer or {})
         )
@@ -224,15 +224,3 @@ class MegatronModel:
             exist_ok=exist_ok,
             progress=progress,
         )
-
-
-def _choose_dtype(settings: BuildSettings, hf_config: HfConfig) -> torch.dtype:
-    """The wanted dtype, else the checkpoint's own; half precision is trained in neither engine.
-
-    Raises:
-        ConfigError: anything but bfloat16 and float32.
-    """
-    name = settings.dtype or str(hf_config.dtype or "float32").removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"--torch_dtype: got {name}, wanted one of {', '.join(DTYPES)}; give it to hold this checkpoint in another dtype")
-    return DTYPES[name]

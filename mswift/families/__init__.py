@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from mswift.families import llama, qwen2, qwen3
-from mswift.families.base import MegatronDescription, ModelFamily, families, find_family
+from mswift.families.base import MegatronDescription, ModelFamily, choose_dtype, families, find_family
 
-__all__ = ["MegatronDescription", "ModelFamily", "families", "find_family", "llama", "qwen2", "qwen3"]
+__all__ = ["MegatronDescription", "ModelFamily", "choose_dtype", "families", "find_family", "llama", "qwen2", "qwen3"]

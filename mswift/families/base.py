@@ -1,19 +1,25 @@
-"""A family is data: how a Hugging Face config becomes a megatron one, and which tensor becomes which."""
+"""A family is data: how a Hugging Face config becomes a megatron one, and which tensor becomes which.
+
+Importing the families needs no torch, so that an architecture that none of them covers is told at once.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mswift.conversion.rules import AnyRule
-from mswift.errors import ModelError
+from mswift.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 HfConfig = Any
 """A transformers PretrainedConfig."""
+DTYPES = ("bfloat16", "float32")
+"""What weights are held in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +99,37 @@ def families() -> tuple[ModelFamily, ...]:
     return tuple(sorted(set(_FAMILIES.values()), key=lambda family: family.name))
 
 
-def find_family(architectures: list[str] | None, where: str) -> ModelFamily:
+def find_family(architectures: object, where: str) -> ModelFamily:
     """The family of a checkpoint.
+
+    Args:
+        architectures: the entry of its config.json.
 
     Raises:
         ModelError: none fits; the nearest supported architecture is named.
     """
-    names = architectures or []
+    names = architectures if isinstance(architectures, list) and all(isinstance(name, str) for name in architectures) else []
     for name in names:
         if name in _FAMILIES:
             return _FAMILIES[name]
     known = sorted(_FAMILIES)
-    got = ", ".join(names) or "none in config.json"
-    nearest = difflib.get_close_matches(names[0] if names else "", known, n=1, cutoff=0.0)
-    raise ModelError(f"{where}: architecture {got} is not supported; nearest supported: {nearest[0]}; all: {', '.join(known)}")
+    if not names:
+        raise ModelError(f"{where}: config.json has architectures {architectures!r}, wanted a list with one of {', '.join(known)}; mend it")
+    nearest = difflib.get_close_matches(names[0], known, n=1, cutoff=0.0)
+    got = ", ".join(names)
+    raise ModelError(f"{where}: architecture {got} is not supported; nearest supported: {nearest[0]}; all: {', '.join(known)}; take one of these")
+
+
+def choose_dtype(wanted: str | None, own: object, where: str) -> str:
+    """The dtype to hold a checkpoint in: the wanted one, else its own.
+
+    Args:
+        own: the entry of its config, or None.
+
+    Raises:
+        ConfigError: anything but `DTYPES`; half precision is trained in neither engine.
+    """
+    name = wanted or str(own or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"{where} is in {name}, wanted {' or '.join(DTYPES)}; give --torch_dtype to hold it in one of them")
+    return name

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING, Any
 
 from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, PaddedVocab, Rename, Rule, TiedHead
 from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription, Padding
+
+if TYPE_CHECKING:
+    import torch
 
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary scalings whose frequencies do not depend on the length of the sequence at hand."""
@@ -21,6 +21,8 @@ def transformer_fields(hf: HfConfig) -> dict[str, Any]:
     Raises:
         ModelError: an activation that these families do not have.
     """
+    from torch.nn import functional
+
     if hf.hidden_act != "silu":
         raise ModelError(f"hidden_act is {hf.hidden_act!r}, wanted 'silu' for {hf.model_type}; this variant is not supported")
     return {
@@ -32,7 +34,7 @@ def transformer_fields(hf: HfConfig) -> dict[str, Any]:
         "kv_channels": hf.head_dim if "head_dim" in hf.to_dict() and hf.head_dim else hf.hidden_size // hf.num_attention_heads,
         "layernorm_epsilon": hf.rms_norm_eps,
         "normalization": "RMSNorm",
-        "activation_func": F.silu,
+        "activation_func": functional.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
@@ -47,6 +49,7 @@ def rotary(hf: HfConfig, head_dim: int) -> tuple[torch.Tensor, float]:
     Raises:
         ModelError: a rotary type whose frequencies change with the sequence length.
     """
+    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = hf.rope_parameters

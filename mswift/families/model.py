@@ -13,12 +13,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import nn
 
+from mswift.conversion.directories import CONFIG_FILE, read_json
 from mswift.conversion.shards import Shard
-from mswift.errors import ModelError
+from mswift.errors import ModelError, one_line
 from mswift.families.base import HfConfig, MegatronDescription, find_family
 from mswift.families.modules import BiasedColumnParallelLinear, BiasedRowParallelLinear, CausalLM, RMSNorm, RotatedCacheAttention, SdpaAttention
 from mswift.parallel.groups import Groups
@@ -31,17 +33,15 @@ def read_hf_config(directory: Path, *, trust_remote_code: bool = False) -> HfCon
     Raises:
         ModelError: config.json is unreadable, or the architecture is not supported.
     """
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
 
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(directory)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory}/config.json cannot be read: {str(error).splitlines()[0]}; wanted a Hugging Face config") from error
+    path = directory / CONFIG_FILE
+    raw = read_json(path)
     find_family(raw.get("architectures"), str(directory))
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{directory}/config.json is not a valid {raw.get('model_type')} config: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # each config class checks its fields in its own way
+        raise ModelError(f"{path} is not a valid {raw.get('model_type')} config: {one_line(error)}; mend it, or download it again") from error
 
 
 def transformer_config(
@@ -85,7 +85,7 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription) -> 
     block = spec.submodules
     block.input_layernorm = block.pre_mlp_layernorm = RMSNorm
     block.self_attention.module = RotatedCacheAttention
-    attention, mlp = block.self_attention.submodules, block.mlp.submodules
+    attention = block.self_attention.submodules
     attention.core_attention = SdpaAttention
     for name in ("q_layernorm", "k_layernorm"):
         if vars(attention)[name] is not IdentityOp and config.qk_layernorm:
@@ -93,7 +93,8 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription) -> 
     if description.output_bias:
         attention.linear_proj = BiasedRowParallelLinear
     if description.mlp_bias:
-        mlp.linear_fc1, mlp.linear_fc2 = BiasedColumnParallelLinear, BiasedRowParallelLinear
+        submodules = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear)
+        block.mlp = ModuleSpec(module=MLP, submodules=submodules)
     return spec
 
 

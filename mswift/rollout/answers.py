@@ -111,9 +111,9 @@ def answer_rows(
         for batch in _batches(window[replica.index :: replica.count], questions, batch_size):
             for index, answer in _answer_batch(generator, batch, questions, settings, seed):
                 mine[index] = answer
-                progress(min(written + len(mine) * replica.count, len(questions)), len(questions))
                 if result is not None and replica.count == 1:
                     result.put(index, _record(questions[index], answer, prefix))
+                progress(min(written + len(mine) * replica.count, len(questions)), len(questions))
         for answers in replica.gather(mine) or ():
             num_tokens += sum(len(answer.token_ids) for answer in answers.values())
             if result is not None and replica.count > 1:

@@ -66,10 +66,10 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
 
 def _wait(ranks: list[BaseProcess], folder: Path, deadline: float) -> None:
     """Until all have ended; soon after the first failure, and at the deadline, the rest are ended."""
-    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+    while (alive := [process for process in ranks if process.is_alive()]) and time.monotonic() < deadline:
         if any(process.exitcode for process in ranks):
             deadline = min(deadline, time.monotonic() + _GRACE)
-        next(process for process in ranks if process.is_alive()).join(0.02)
+        alive[0].join(0.02)
     for process in ranks:
         if process.is_alive():
             process.kill()

@@ -17,7 +17,7 @@ Figures = list[tuple[float, float]]
 
 
 def identity(engine: Any) -> Any:
-    from mswift.train.checkpoint import RunIdentity, fingerprint_model
+    from mswift.train.folders import RunIdentity, fingerprint_model
 
     return RunIdentity(fingerprint_model(engine.model.settings.directory), engine.trained_fingerprint(), "data", 8, 42)
 
@@ -34,7 +34,8 @@ def train_save_train(rank: int, world: int, run: Run, output_dir: Path) -> Figur
 
 
 def resume_train(rank: int, world: int, run: Run, output_dir: Path) -> Figures:
-    from mswift.train.checkpoint import find_checkpoint, resume
+    from mswift.train.checkpoint import resume
+    from mswift.train.folders import find_checkpoint
 
     engine = open_engine(run, world)
     directory = find_checkpoint("auto", output_dir)

@@ -38,9 +38,9 @@ def logits_of(engine: Any, input_ids: Tensor) -> Tensor | None:
     with torch.no_grad():
         found = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=None,
+            data_iterator=[None] * len(engine.chunks),
             model=engine.chunks,
-            num_microbatches=1,
+            num_microbatches=engine.groups.layout.pp,  # an interleaved pipeline wants that many
             seq_length=input_ids.shape[1],
             micro_batch_size=len(input_ids),
             forward_only=True,

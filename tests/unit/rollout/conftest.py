@@ -62,3 +62,11 @@ def prompts() -> list[list[int]]:
     """Three prompts of unequal length."""
     ids = torch.randint(3, 331, (3, 17), generator=torch.Generator().manual_seed(5)).tolist()
     return [ids[0][:9], ids[1], ids[2][:4]]
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer: Any) -> Any:
+    from mswift.rollout.prompts import PromptEncoder
+    from mswift.templates.chat import ChatTemplate
+
+    return PromptEncoder(ChatTemplate(tokenizer))

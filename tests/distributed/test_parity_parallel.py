@@ -1,0 +1,30 @@
+"""A model that is spread over processes computes what transformers computes on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.parity.cases import CASES
+from tests.parity.checks import check_against_transformers
+
+TP2, PP2 = (2, {"tp": 2}), (2, {"pp": 2})
+PLAIN = [(f"{family}/plain", layout) for family in CASES for layout in (TP2, PP2)]  # 3 groups of heads: TP2 pads them to 4
+SPECIAL = [
+    ("llama/biases", TP2),
+    ("llama/tied", TP2),
+    ("llama/tied", PP2),
+    ("llama/no-groups", TP2),
+    ("llama/one-group", TP2),
+    ("qwen2/two-groups", (4, {"tp": 4})),
+    ("qwen2/windows", (4, {"tp": 2, "pp": 2})),
+    ("qwen3/biases", (2, {"tp": 2, "sequence_parallel": True})),
+    ("qwen3/one-group", TP2),
+    ("qwen3/tied", (2, {"pp": 2, "vpp": 2})),
+]
+
+
+@pytest.mark.parametrize(("case", "layout"), [*PLAIN, *SPECIAL], ids=lambda part: part if isinstance(part, str) else "-".join(map(str, part[1])))
+def test_logits_loss_and_gradients_equal_those_of_transformers(case: str, layout: tuple[int, dict[str, int]], tmp_path: Path) -> None:
+    check_against_transformers(case, *layout, tmp_path)

@@ -1,0 +1,38 @@
+"""The check of a whole model against transformers, in one layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.runs import Run
+from tests.parity.cases import options_of
+from tests.parity.ranks import measure
+from tests.parity.reference import distance, last_stage, load_tensors, measure_reference, random_batches
+from tests.tiny import make_model
+
+
+def check_against_transformers(case: str, world: int, sizes: dict[str, int], folder: Path) -> None:
+    """Logits, loss and the gradient of every tensor of one tiny model, fp32, in the layout `sizes` of `world` processes."""
+    family, changes = options_of(case)
+    model = make_model(family, **changes)
+    model.save_pretrained(folder / "model")
+    batches = random_batches()
+    run = Run(folder / "model", max_grad_norm=0.0, **sizes)
+    ranks = run_distributed(measure, world, run, batches, folder / "gradients")
+    expected = measure_reference(model, batches)
+    assert distance(last_stage(ranks), expected.logits) < 1e-4
+    gradients = load_tensors(folder / "gradients")
+    assert set(gradients) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.norm() > 0, f"{name} has no effect, so nothing was compared"
+        assert (gradients[name] - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), name
+    whole = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
+    for rank in ranks:
+        assert rank.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert rank.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+        assert rank.grad_norm == pytest.approx(whole, rel=1e-6), "padding has a gradient, or a tensor was counted twice"
