@@ -21,25 +21,43 @@ from mswift.log import is_main_process
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A verb of the program: one line for the list, the function ``module:name`` that runs it, an example of its use."""
+    """A verb of the program.
+
+    Args:
+        summary: one line for the list. run: the function ``module:name`` that runs it. example: of its use.
+        check: the function that finds what is wrong before a process is started or torch imported; gets the config and the number of processes.
+    """
 
     summary: str
     run: str
     example: str
+    check: str
 
 
 VERBS: dict[str, Verb] = {
     "sft": Verb(
-        "Fine-tune a model on conversations or instructions", "mswift.commands.sft:sft", "--model Qwen/Qwen2.5-0.5B-Instruct --dataset data.jsonl"
+        "Fine-tune a model on conversations or instructions",
+        "mswift.commands.sft:sft",
+        "--model Qwen/Qwen2.5-0.5B-Instruct --dataset data.jsonl",
+        "mswift.commands.sft:check",
     ),
-    "infer": Verb("Talk to a model, or answer the rows of a file", "mswift.commands.infer:infer", "--adapters output/Qwen2.5-0.5B-Instruct"),
+    "infer": Verb(
+        "Talk to a model, or answer the rows of a file",
+        "mswift.commands.infer:infer",
+        "--adapters output/Qwen2.5-0.5B-Instruct",
+        "mswift.commands.session:check",
+    ),
     "export": Verb(
         "Write a model in another form",
         "mswift.commands.export:export",
         "--adapters output/Qwen2.5-0.5B-Instruct --merge_lora true --output_dir merged",
+        "mswift.commands.export:check",
     ),
     "merge-lora": Verb(
-        "Merge an adapter into its model (export --merge_lora true)", "mswift.commands.export:export", "--adapters output/Qwen2.5-0.5B-Instruct"
+        "Merge an adapter into its model (export --merge_lora true)",
+        "mswift.commands.export:export",
+        "--adapters output/Qwen2.5-0.5B-Instruct",
+        "mswift.commands.export:check",
     ),
 }
 """In the order of ``mswift --help``."""
@@ -87,6 +105,9 @@ def _main(words: list[str], *, replace: bool) -> int:
         parsed = read_command(verb, words[1:], os.environ)
         os.environ.update(parsed.env)
         launch.check_processes(parsed.config, os.environ)
+        where = launch.topology(os.environ)
+        if where.kind in ("single", "agent"):  # workers and the tasks of srun do it in the command, where one speaks for all
+            pkgutil.resolve_name(VERBS[verb].check)(parsed.config, where.world)
         plan = launch.plan(verb, words[1:], os.environ, cpu_count(), python=_python(), glibc=_has_glibc())
         if plan is not None and (plan.required or replace):
             return launch.execute(plan, replace=replace)

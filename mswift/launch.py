@@ -118,7 +118,9 @@ def topology(environ: Mapping[str, str]) -> Topology:
         LaunchError: a variable is missing or is no number, or srun and ``NPROC_PER_NODE`` contradict each other.
     """
     if "RANK" in environ:
-        world = _number(environ, "WORLD_SIZE", 1)
+        world, number = _number(environ, "WORLD_SIZE", 1), _number(environ, "RANK", 0, lowest=0)
+        if number >= world:
+            raise LaunchError(f"RANK is {number} in the environment, wanted less than WORLD_SIZE, which is {world}; start all ranks with torchrun")
         return Topology("worker", world, _number(environ, "LOCAL_WORLD_SIZE", 1))
     tasks = _srun_tasks(environ)
     if "NPROC_PER_NODE" in environ or "NNODES" in environ:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 
 def rank() -> int:
-    """The global rank that torchrun or Slurm gave this process; 0 where there is only one."""
-    return int(os.environ.get("RANK", "0"))
+    """The global rank that torchrun or Slurm gave this process; 0 where there is only one. (`mswift.launch` refuses one that is no number.)"""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
 
 
 def is_main_process() -> bool:

@@ -58,7 +58,8 @@ def make_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.15, generator=generator)
-    return model.to(dtype).eval()
+            parameter.data = parameter.data.to(dtype)  # not model.to(): it rounds the rotary frequencies too, which no loaded model does
+    return model.eval()
 
 
 def make_tokenizer(directory: Path, vocab_size: int = DIMENSIONS["vocab_size"]) -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mswift.commands.session import find_model, load_model, open_session
+from mswift.commands import session as sessions
+from mswift.commands.session import check_writable, find_model, load_model, open_session
 from mswift.config import ExportConfig
 from mswift.errors import ConfigError
 from mswift.log import get_logger, is_main_process, progress_bar
 
 logger = get_logger(__name__)
+
+
+def check(config: ExportConfig, world: int) -> None:
+    """Find what can be found without torch, before any of the `world` processes is started; writes nothing.
+
+    Raises:
+        MswiftError: model, layout, adapter or target are missing, damaged or do not fit.
+    """
+    sessions.check(config, world)
+    _target(config, _only(config.export.adapters))
 
 
 def export(config: ExportConfig) -> None:
@@ -27,7 +38,7 @@ def export(config: ExportConfig) -> None:
         if adapter is not None:
             model.load_adapter(adapter)
         if adapter is not None and not settings.merge_lora:
-            model.export_adapter(target, base_model=config.model.model)
+            model.export_adapter(target, base_model=config.model.model, exist_ok=settings.exist_ok)
             done = f"adapter written to {target}"
         else:
             with progress_bar("writing the model") as progress:
@@ -41,17 +52,25 @@ def export(config: ExportConfig) -> None:
 
 
 def _only(adapters: list[str]) -> Path | None:
+    from mswift.conversion.directories import read_adapter_config
+
     if len(adapters) > 1:
         raise ConfigError(f"--adapters: got {len(adapters)}, wanted one; export them one by one")
-    return Path(adapters[0]).expanduser() if adapters else None
+    if not adapters:
+        return None
+    adapter = Path(adapters[0]).expanduser()
+    read_adapter_config(adapter)
+    return adapter
 
 
 def _target(config: ExportConfig, adapter: Path | None) -> Path:
     """Where to write: ``--output_dir``, else beside what is exported.
 
     Raises:
-        ConfigError: without an adapter there is nothing to convert, or the target exists.
+        ConfigError: without an adapter there is nothing to convert, or the target cannot be written. ConversionError: it is something else's.
     """
+    from mswift.conversion.staging import check_target
+
     settings = config.export
     if adapter is None and settings.output_dir is None:
         raise ConfigError(
@@ -62,4 +81,6 @@ def _target(config: ExportConfig, adapter: Path | None) -> Path:
     target = Path(settings.output_dir).expanduser() if settings.output_dir else source.with_name(f"{source.name}-{kind}")
     if target.exists() and not settings.exist_ok and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--output_dir {target} exists already; give another folder, or --exist_ok true to replace it")
+    check_target(target, settings.exist_ok)
+    check_writable(target.parent, "--output_dir")
     return target

@@ -38,7 +38,7 @@ def infer(config: InferConfig) -> None:
         _check_replicas(session, conversation=rows is None)
         template = make_template(directory, config.model, config.template)
         settings, encoder = _settings(config, template, directory)
-        questions = None if rows is None else _questions(config, rows, encoder, directory)
+        questions = None if rows is None else _questions(config, rows, encoder, settings, directory)
         generator = _make_generator(config, session, template, adapter)
         if is_main_process():
             _announce(generator, settings, adapter)
@@ -123,12 +123,14 @@ def _settings(config: InferConfig, template: ChatTemplate, directory: Path) -> t
     return settings, PromptEncoder(template, config.template.response_prefix or "")
 
 
-def _questions(config: InferConfig, rows: list[Row], encoder: PromptEncoder, directory: Path) -> list[Question]:
+def _questions(config: InferConfig, rows: list[Row], encoder: PromptEncoder, settings: GenerationSettings, directory: Path) -> list[Question]:
     from mswift.families.model import read_hf_config
     from mswift.rollout.prompts import make_questions
 
     own = read_hf_config(directory, trust_remote_code=config.model.trust_remote_code).max_position_embeddings
-    return make_questions(rows, encoder, max_length=min(own, config.data.max_length or own), cut_left=config.data.truncation_strategy == "left")
+    longest = min(own, config.data.max_length or own)
+    cut_to = longest - min(settings.max_new_tokens, longest // 2) if config.data.truncation_strategy == "left" else None
+    return make_questions(rows, encoder, max_length=longest, cut_to=cut_to)
 
 
 def _make_generator(config: InferConfig, session: Session, template: ChatTemplate, adapter: Path | None) -> Generator:

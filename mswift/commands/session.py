@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mswift.config import Config, ModelSection, ParallelSection, RuntimeSection, TemplateSection
-from mswift.conversion.directories import check_tokenizer
+from mswift.config import Config, ExportConfig, ModelSection, ParallelSection, RuntimeSection, TemplateSection
+from mswift.conversion.directories import check_tokenizer, read_json
 from mswift.errors import ConfigError, ModelError, one_line
 from mswift.parallel.layout import ParallelLayout
 
@@ -51,6 +51,8 @@ def check(config: Config, world: int) -> None:
     _check_axes(layout)
     if directory is not None:
         sizes = check_model(directory, config.model)
+        if not isinstance(config, ExportConfig):
+            check_tokenizer(directory)
         if all(isinstance(size, int) for size in sizes.values()):
             layout.check_model(**sizes)
 
@@ -76,7 +78,7 @@ def check_model(directory: Path, model: ModelSection) -> dict[str, Any]:
     Raises:
         ModelError: a file is missing or damaged, or the architecture is not supported. ConfigError: its dtype cannot be held.
     """
-    from mswift.conversion.directories import CONFIG_FILE, read_json, read_weights
+    from mswift.conversion.directories import CONFIG_FILE, read_weights
     from mswift.families import choose_dtype, find_family
 
     read_weights(directory)
@@ -148,6 +150,9 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain ones
+        for path in (directory / name for name in ("tokenizer_config.json", "tokenizer.json")):
+            if path.is_file():
+                read_json(path)  # to blame the file that is no JSON at all
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ModelError(
             f"{directory} has no usable tokenizer ({reason}); wanted tokenizer.json and tokenizer_config.json; download them again"

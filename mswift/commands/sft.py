@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mswift.commands.session import Session, find_model, load_model, make_template, open_session
+from mswift.commands import session as sessions
+from mswift.commands.session import Session, check_writable, find_model, load_model, make_template, open_session
 from mswift.config import SftConfig, format_table
-from mswift.errors import ConfigError
+from mswift.errors import CheckpointError, ConfigError, one_line
 from mswift.log import get_logger, is_main_process, progress_bar
 
 if TYPE_CHECKING:
@@ -20,11 +21,28 @@ if TYPE_CHECKING:
     from mswift.data.rows import Row
     from mswift.engines.megatron import MegatronEngine
     from mswift.templates.chat import ChatTemplate
-    from mswift.train.checkpoint import RunIdentity
+    from mswift.train.folders import RunIdentity
     from mswift.train.state import Callback, TrainState
 
 logger = get_logger(__name__)
-_LEFT_BY_A_RUN = ("args.json", "logging.jsonl", "loss.png", "runs", "merged", "dropped_rows.txt")
+REPORT_NAME = "dropped_rows.txt"
+_LEFT_BY_A_RUN = ("args.json", "logging.jsonl", "loss.png", "runs", "merged", REPORT_NAME)
+
+
+def check(config: SftConfig, world: int) -> None:
+    """Find what can be found without torch, before any of the `world` processes is started; writes nothing.
+
+    Raises:
+        MswiftError: model, layout, data files, adapter, output folder or checkpoint are missing, damaged or do not fit.
+    """
+    from mswift.conversion.hub import local_model
+    from mswift.train.folders import check_base
+
+    sessions.check(config, world)
+    resume_from = _check_files(config, config.output_dir())
+    directory = local_model(config.model.model)
+    if resume_from is not None and directory is not None:
+        check_base(resume_from, directory)
 
 
 def sft(config: SftConfig) -> None:
@@ -35,9 +53,9 @@ def sft(config: SftConfig) -> None:
     """
     started = time.perf_counter()
     output_dir = config.output_dir()
-    resume_from = _check_output(config, output_dir)
-    train_rows, eval_rows = _read_rows(config)
+    resume_from = _check_files(config, output_dir)
     directory = find_model(config.model)
+    train_rows, eval_rows = _read_rows(config)
     with open_session(directory, config.parallel, config.runtime) as session:
         template = make_template(directory, config.model, config.template)
         train_data, eval_data = _encode(config, template, train_rows, eval_rows, output_dir, directory)
@@ -47,6 +65,7 @@ def sft(config: SftConfig) -> None:
         identity = _identity(config, engine, directory, train_data, batches.global_batch_size)
         start = _resume(engine, resume_from, identity)
         counts = engine.parameter_counts()  # all ranks count; one speaks
+        _prepare_output(config, output_dir, keep_report=train_data.report.num_dropped > 0)
         if is_main_process():
             _announce(config, engine, counts, train_data, eval_data, output_dir)
         _train(config, engine, batches, eval_batches, identity, output_dir, start, started)
@@ -56,13 +75,28 @@ def sft(config: SftConfig) -> None:
         _say_what_next(config, output_dir)
 
 
+def _check_files(config: SftConfig, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from, or None, after a look at everything else on disk that the run needs.
+
+    Raises:
+        MswiftError: a data file, an adapter or a checkpoint is missing or damaged, or the output folder cannot be used.
+    """
+    from mswift.conversion.directories import read_adapter_config
+    from mswift.data import check_sources
+
+    check_sources([*config.data.dataset, *config.data.val_dataset], use_hf=config.model.use_hf)
+    for adapter in config.tuner.adapters:
+        read_adapter_config(Path(adapter).expanduser())
+    return _check_output(config, output_dir)
+
+
 def _check_output(config: SftConfig, output_dir: Path) -> Path | None:
     """The checkpoint to resume from, or None; refuses a folder that holds another run.
 
     Raises:
-        ConfigError: the folder holds another run, or is a file. CheckpointError: no such checkpoint.
+        ConfigError: the folder holds another run, is a file, or cannot be written to. CheckpointError: no such checkpoint, or a damaged one.
     """
-    from mswift.train.checkpoint import find_checkpoint, list_checkpoints
+    from mswift.train.folders import find_checkpoint, list_checkpoints
 
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"--output_dir {output_dir} is a file; give a folder")
@@ -74,6 +108,7 @@ def _check_output(config: SftConfig, output_dir: Path) -> Path | None:
                 f"--output_dir {output_dir} holds another run ({', '.join(found[:3])}); give another folder, "
                 "--resume_from_checkpoint auto to go on with it, or --overwrite_output_dir true to replace it"
             )
+    check_writable(output_dir, "--output_dir")
     return resume_from
 
 
@@ -116,7 +151,7 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
         recompute |= {"recompute_method": train.recompute_method, "recompute_num_layers": train.recompute_num_layers}
     model = load_model(session, config.model, config.parallel, **recompute)
     if tuner.adapters:
-        model.load_adapter(Path(tuner.adapters[0]), dropout=tuner.lora_dropout)
+        model.load_adapter(Path(tuner.adapters[0]).expanduser(), dropout=tuner.lora_dropout)
     elif tuner.tuner_type == "lora":
         model.add_lora(
             LoraSettings(
@@ -159,7 +194,7 @@ def _batches(config: SftConfig, session: Session, data: EncodedDataset, template
 
 
 def _identity(config: SftConfig, engine: MegatronEngine, directory: Path, data: EncodedDataset, global_batch_size: int) -> RunIdentity:
-    from mswift.train.checkpoint import RunIdentity, fingerprint_model
+    from mswift.train.folders import RunIdentity, fingerprint_model
 
     return RunIdentity(
         model=fingerprint_model(directory),
@@ -183,11 +218,7 @@ def _resume(engine: MegatronEngine, resume_from: Path | None, identity: RunIdent
 def _announce(
     config: SftConfig, engine: MegatronEngine, counts: tuple[int, int], train: EncodedDataset, evaluation: EncodedDataset | None, output_dir: Path
 ) -> None:
-    """The table, once, and args.json; what was made of the data and the model in a line each."""
-    if config.save.overwrite_output_dir:
-        _remove_old_run(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "args.json").write_text(json.dumps(config.to_flat(), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    """The table, once; what was made of the data and the model in a line each."""
     trained, total = counts
     model = engine.model
     print(format_table(config), flush=True)
@@ -197,14 +228,39 @@ def _announce(
         logger.info("layout: %s", model.padded_heads)
     held_out = f", {len(evaluation)} held out" if evaluation is not None else ""
     logger.info("data: %d rows, %s tokens, longest %d%s", len(train), f"{train.num_tokens:,}", int(train.lengths.max()), held_out)
+    if train.report.num_dropped:
+        logger.warning("%s; see %s", ", ".join(train.report.lines()), output_dir / REPORT_NAME)
+    if evaluation is not None and evaluation.report.num_dropped:
+        logger.warning("validation: %s", ", ".join(evaluation.report.lines()))
 
 
 def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _remove_old_run(output_dir: Path) -> None:
-    for path in [*output_dir.glob("checkpoint-*"), *(output_dir / name for name in _LEFT_BY_A_RUN)]:
+def _prepare_output(config: SftConfig, output_dir: Path, *, keep_report: bool) -> None:
+    """The output folder with args.json and, with --overwrite_output_dir, without what an earlier run left. All ranks call it.
+
+    Raises:
+        CheckpointError: on every rank if the main process cannot write there.
+    """
+    from mswift.train.agree import agree, attempt
+
+    def write() -> None:
+        if config.save.overwrite_output_dir:
+            _remove_old_run(output_dir, keep=REPORT_NAME if keep_report else "")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write_args(config, output_dir)
+
+    agree(attempt(write) if is_main_process() else None, f"writing to --output_dir {output_dir}")
+
+
+def _write_args(config: SftConfig, directory: Path) -> None:
+    (directory / "args.json").write_text(json.dumps(config.to_flat(), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def _remove_old_run(output_dir: Path, *, keep: str) -> None:
+    for path in [*output_dir.glob("checkpoint-*"), *(output_dir / name for name in _LEFT_BY_A_RUN if name != keep)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -254,7 +310,12 @@ def _train(
         engine, SupervisedObjective(), batches, schedule, settings, eval_batches=eval_batches, save=save, callbacks=_callbacks(config, output_dir)
     )
     logger.info("training: %d steps of %d rows; ready after %.1f s", total, batches.global_batch_size, time.perf_counter() - started)
-    loop.run(state)
+    try:
+        loop.run(state)
+    except OSError as error:  # the files of the log; those of a checkpoint have an error of their own
+        raise CheckpointError(
+            f"cannot write to {output_dir}: {one_line(error)}; free some space, then go on with --resume_from_checkpoint auto"
+        ) from error
 
 
 def _model_writer(config: SftConfig, engine: MegatronEngine) -> Callable[[Path], None]:
@@ -266,13 +327,13 @@ def _model_writer(config: SftConfig, engine: MegatronEngine) -> Callable[[Path],
         else:
             engine.export_merged(directory, max_shard_size=config.save.max_shard_size)
         if is_main_process():
-            (directory / "args.json").write_text(json.dumps(config.to_flat(), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+            _write_args(config, directory)
 
     return write
 
 
 def _say_what_next(config: SftConfig, output_dir: Path) -> None:
-    from mswift.train.checkpoint import list_checkpoints
+    from mswift.train.folders import list_checkpoints
 
     newest = list_checkpoints(output_dir)[-1]
     lora = config.tuner.tuner_type == "lora"

@@ -125,7 +125,7 @@ def _load_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"{path} cannot be read: {reason}") from error
+        raise ConfigError(f"{path} cannot be read: {reason}; check its name") from error
     content = _load_json(text, path) if path.suffix.lower() == ".json" else _load_yaml(text, path)
     if content is None:
         return {}
@@ -152,7 +152,7 @@ def _load_yaml(text: str, path: Path) -> Any:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         where = f", line {mark.line + 1}" if mark else ""
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).splitlines()[0]
-        raise ConfigError(f"{path}{where}: not YAML: {problem}") from error
+        raise ConfigError(f"{path}{where}: not YAML: {problem}; wanted lines such as 'learning_rate: 1e-4'") from error
 
 
 def _environment(block: Any, path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from mswift.errors import MissingExtraError, ModelError, one_line
+from mswift.errors import MissingExtraError, ModelError
 
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 DUPLICATES = ["original/*", "onnx/*", "consolidated*.safetensors"]  # the same weights in a layout that is not read here
@@ -85,5 +85,5 @@ def _from_modelscope(name: str, revision: str | None, token: str | None, pattern
 
 
 def _unreachable(name: str, hub: str, error: Exception) -> ModelError:
-    reason = one_line(error).split(". ")[0]
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].split(". ")[0]
     return ModelError(f"{name} is not a local directory and could not be had from {hub} ({reason}); check the name and the connection")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mswift.data.dataset import EncodedDataset, LengthReport, encode_dataset, load_dataset, split
 from mswift.data.rows import Row, normalise
-from mswift.data.sources import RawRow, SourceSpec, parse_spec, read_source
+from mswift.data.sources import RawRow, SourceSpec, check_sources, parse_spec, read_source
 
 __all__ = [
     "EncodedDataset",
@@ -15,6 +15,7 @@ __all__ = [
     "RawRow",
     "Row",
     "SourceSpec",
+    "check_sources",
     "encode_dataset",
     "load_dataset",
     "normalise",

@@ -181,11 +181,18 @@ def encode_dataset(
                     origins.append(row)
         if progress is not None and (done % _CHUNK == 0 or done == len(rows)):
             progress(done, len(rows))
-    path = report.write(report_dir) if report_dir is not None else None
+    path = _write_report(report, Path(report_dir)) if report_dir is not None else None
     bad.finish(len(rows))
     if not encoded:
         raise DataError(report.nothing_left(path))
     return EncodedDataset(encoded, origins, report)
+
+
+def _write_report(report: LengthReport, directory: Path) -> Path | None:
+    try:
+        return report.write(directory)
+    except OSError as error:
+        raise DataError(f"the list of the {report.num_dropped} dropped rows cannot be written to {directory}: {error.strerror}; mend that") from None
 
 
 def _read_rows(spec: SourceSpec, bad: BadRows, columns: Mapping[str, str] | None, require_assistant: bool) -> tuple[list[Row], int]:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import glob
 import importlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mswift.errors import DataError, MissingExtraError
+from mswift.errors import DataError, MissingExtraError, one_line
 
 SourceKind: TypeAlias = Literal["local", "hf", "ms"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LINE_SUFFIXES = ("", ".jsonl", ".ndjson")
 _SUFFIXES = (*_LINE_SUFFIXES, ".json")
+_HINT = "check --dataset and --val_dataset"
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -74,6 +76,19 @@ def parse_spec(text: str, *, use_hf: bool | None = None) -> SourceSpec:
     return SourceSpec(name, "hf" if use_hf else "ms", count)
 
 
+def check_sources(specs: Sequence[str], *, use_hf: bool | None = None) -> None:
+    """Look whether the files of all local sources are there and of a kind that `read_file` reads; hubs are not asked.
+
+    Raises:
+        DataError: with the first one that is not.
+    """
+    for spec in (parse_spec(text, use_hf=use_hf) for text in specs):
+        for path in _local_files(spec.location) if spec.kind == "local" else ():
+            _check_suffix(path)
+            if not os.access(path, os.R_OK):
+                raise DataError(f"{path}: cannot be read: you have no permission; give yourself read access (chmod u+r)")
+
+
 def read_source(spec: SourceSpec) -> Iterator[RawRow]:
     """The rows of a source in order, ``#N`` not applied. Raises `DataError` with file and line for what cannot be read."""
     if spec.kind != "local":
@@ -89,16 +104,20 @@ def read_file(path: str) -> Iterator[RawRow]:
     Raises:
         DataError: the file cannot be opened, has another suffix, is not UTF-8, or holds something that is no JSON object; with its line.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise DataError(f"{path}: cannot read {suffix} files, wanted .jsonl (one JSON object a line) or .json (a list of objects); convert it")
+    _check_suffix(path)
     try:
-        if suffix == ".json" and _first_byte(path) == b"[":
+        if Path(path).suffix.lower() == ".json" and _first_byte(path) == b"[":
             yield from _read_list(path)
         else:
             yield from _read_lines(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}; check --dataset") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; {_HINT}") from error
+
+
+def _check_suffix(path: str) -> None:
+    suffix = Path(path).suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise DataError(f"{path}: cannot read {suffix} files, wanted .jsonl (one JSON object a line) or .json (a list of objects); convert it")
 
 
 def _split_count(text: str) -> tuple[str, int | None]:
@@ -123,15 +142,15 @@ def _local_files(location: str) -> list[str]:
             found = sorted(str(path) for path in paths if not any(part.startswith(".") for part in path.relative_to(location).parts))
             if found:
                 return found
-        raise DataError(f"{location}: the directory holds no .jsonl or .json file; check --dataset")
+        raise DataError(f"{location}: the directory holds no .jsonl or .json file; {_HINT}")
     if os.path.exists(location):
         return [location]
     if _GLOB.search(location):
         found = sorted(glob.glob(location, recursive=True))
         if found:
             return found
-        raise DataError(f"{location}: no file matches this pattern; check --dataset")
-    raise DataError(f"{location}: no such data file or directory (looked in {os.getcwd()}); check --dataset")
+        raise DataError(f"{location}: no file matches this pattern; {_HINT}")
+    raise DataError(f"{location}: no such data file or directory (looked in {os.getcwd()}); {_HINT}")
 
 
 def _first_byte(path: str) -> bytes:
@@ -206,14 +225,14 @@ def _row(value: Any, path: str, number: int) -> RawRow:
 
 def _read_hub(spec: SourceSpec) -> Iterator[RawRow]:
     load = _load_from_hf if spec.kind == "hf" else _load_from_ms
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt to reach the hub; the last one is told below
     try:
         rows = load(spec.location)
     except MissingExtraError:
         raise
     except Exception as error:  # each hub library has an error tree of its own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"{spec.kind}::{spec.location}: cannot be loaded from the hub: {reason}; there is no local file or directory of this name either"
+            f"{spec.kind}::{spec.location}: cannot be loaded from the hub: {one_line(error)}; there is no local file or directory of this name either"
         ) from error
     for number, data in enumerate(rows, start=1):
         yield RawRow(dict(data), f"{spec.kind}::{spec.location}", number)

@@ -159,8 +159,12 @@ class MegatronModel:
     def _whole_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         return shard_of(parameter, self.groups).whole_shape(parameter.shape)
 
-    def export_adapter(self, directory: Path, *, base_model: str) -> None:
-        """Write the adapter as a PEFT directory; every rank calls it, the main process writes (an adapter is a few MiB)."""
+    def export_adapter(self, directory: Path, *, base_model: str, exist_ok: bool = False) -> None:
+        """Write the adapter as a PEFT directory; every rank calls it, the main process writes (an adapter is a few MiB).
+
+        Args:
+            base_model: id or path that the adapter names as its base. exist_ok: replace an earlier export.
+        """
         assert self.lora is not None
         rules = rules_by_target(self.rules)
         groups = self._export_groups()
@@ -184,6 +188,7 @@ class MegatronModel:
                     dropout=lora.dropout,
                     use_rslora=lora.use_rslora,
                     extra_files=self.tokenizer_files(),
+                    exist_ok=exist_ok,
                 )
             except (OSError, MswiftError) as failure:
                 error = failure

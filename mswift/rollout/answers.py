@@ -55,7 +55,10 @@ class ResultFile:
         self._size += len(line)
 
     def close(self) -> None:
+        """No line follows; a file without lines is removed."""
         os.close(self._file)
+        if not self.num_lines:
+            self.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

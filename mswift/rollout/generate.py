@@ -108,7 +108,7 @@ class Generator:
                 chunk.train(training)
 
     def _run(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seeds: Sequence[int] | None) -> Iterator[list[Piece]]:
-        rows = [_Row(i, prompt, self, settings, None if seeds is None else seeds[i]) for i, prompt in enumerate(prompts)]
+        rows = [self._row(i, prompt, settings, None if seeds is None else seeds[i]) for i, prompt in enumerate(prompts)]
         ids, padding = _pad_left(prompts, self.model.runtime.device)
         limit = ids.shape[1] + max(row.room for row in rows)
         seen = self._seen(prompts) if settings.sampling.repetition_penalty != 1 else None
@@ -123,6 +123,10 @@ class Generator:
                 seen = None if seen is None else seen[alive]
             rows = [rows[i] for i in alive]
             ids = tokens[:, None]
+
+    def _row(self, index: int, prompt: Sequence[int], settings: GenerationSettings, seed: int | None) -> _Row:
+        room = min(settings.max_new_tokens, self.max_length - len(prompt))
+        return _Row(index, len(prompt), room, AnswerText(self.tokenizer, settings.stop_words), frozenset(settings.stop_token_ids), seed)
 
     def _seen(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         seen = torch.zeros(len(prompts), self.model.description.vocab_size, dtype=torch.bool, device=self.model.runtime.device)
@@ -188,11 +192,9 @@ class Generator:
 class _Row:
     """One prompt and what has been drawn for it."""
 
-    def __init__(self, index: int, prompt: Sequence[int], generator: Generator, settings: GenerationSettings, seed: int | None) -> None:
-        self.index, self.num_prompt_tokens = index, len(prompt)
-        self.room = min(settings.max_new_tokens, generator.max_length - len(prompt))
-        self.stop_token_ids = frozenset(settings.stop_token_ids)
-        self.text = AnswerText(generator.tokenizer, settings.stop_words)
+    def __init__(self, index: int, num_prompt_tokens: int, room: int, text: AnswerText, stop_token_ids: frozenset[int], seed: int | None) -> None:
+        self.index, self.num_prompt_tokens, self.room = index, num_prompt_tokens, room
+        self.text, self.stop_token_ids = text, stop_token_ids
         self.token_ids: list[int] = []
         self.finished = False
         self.generator = torch.Generator()

@@ -41,11 +41,12 @@ class Question:
     columns: dict[str, Any]
 
 
-def make_questions(rows: Sequence[Row], encoder: PromptEncoder, *, max_length: int, cut_left: bool = False) -> list[Question]:
+def make_questions(rows: Sequence[Row], encoder: PromptEncoder, *, max_length: int, cut_to: int | None = None) -> list[Question]:
     """Rows to questions; a last assistant turn is the label and is not shown to the model.
 
     Args:
-        max_length: tokens of prompt and answer together; a prompt leaves room for at least one. cut_left: of a longer prompt its end is kept.
+        max_length: tokens of prompt and answer together; a prompt leaves room for at least one.
+        cut_to: of a prompt with more tokens than this the end is kept. None: a prompt without room for an answer is an error.
 
     Raises:
         DataError: with file and line: nothing to answer, the template refuses the row, or its prompt is too long.
@@ -60,10 +61,12 @@ def make_questions(rows: Sequence[Row], encoder: PromptEncoder, *, max_length: i
             prompt = encoder.encode(messages)
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from error
-        if len(prompt) >= max_length and not cut_left:
+        if cut_to is not None:
+            prompt = prompt[-cut_to:]
+        elif len(prompt) >= max_length:
             raise DataError(
                 f"{row.where}: the prompt has {len(prompt)} tokens and the longest sequence is {max_length}; shorten the row, or give "
                 "--truncation_strategy left to keep the end of it"
             )
-        questions.append(Question(messages, label, prompt[-(max_length - 1) :], row.columns))
+        questions.append(Question(messages, label, prompt, row.columns))
     return questions

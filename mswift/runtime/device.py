@@ -11,7 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from mswift.errors import ConfigError, LaunchError
+from mswift.errors import ConfigError, LaunchError, one_line
 from mswift.log import get_logger
 from mswift.runtime import cpu
 
@@ -73,11 +73,13 @@ def init_processes(runtime: Runtime, *, backend: str | None = None, timeout_s: f
     """Join the world that torchrun or Slurm described in the environment, or make a world of one.
 
     Raises:
-        LaunchError: the rendezvous failed.
+        LaunchError: the rendezvous failed. ConfigError: the backend is not one for this device.
     """
     if dist.is_initialized():
         return
     backend = backend or runtime.backend
+    if backend == "nccl" and not runtime.is_cuda:
+        raise ConfigError("--ddp_backend nccl: it joins GPUs, and this run is on the CPU; use gloo, or leave the flag out")
     timeout = timedelta(seconds=timeout_s)
     try:
         if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
@@ -86,8 +88,9 @@ def init_processes(runtime: Runtime, *, backend: str | None = None, timeout_s: f
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        reason = str(error).splitlines()[0]
-        raise LaunchError(f"cannot join the other processes at {where}: {reason}; check MASTER_ADDR, MASTER_PORT and that all started") from error
+        raise LaunchError(
+            f"cannot join the other processes at {where}: {one_line(error)}; check MASTER_ADDR, MASTER_PORT and that all started"
+        ) from error
 
 
 def leave_processes() -> None:

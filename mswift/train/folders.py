@@ -144,7 +144,9 @@ def check_identity(directory: Path, saved: RunIdentity, now: RunIdentity) -> Non
     if saved.trained != now.trained:
         flags = saved_flags(directory)
         made = " ".join(f"--{name} {_shown(flags[name])}" for name in _TUNER_FLAGS if name in flags)
-        raise CheckpointError(f"{directory} holds other trained tensors than this run; give the flags that it was made with: {made or 'see args.json'}")
+        raise CheckpointError(
+            f"{directory} holds other trained tensors than this run; give the flags that it was made with: {made or 'see args.json'}"
+        )
 
 
 def _compare_base(directory: Path, saved: str, now: str) -> None:

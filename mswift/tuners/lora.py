@@ -161,7 +161,8 @@ class LoraLinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """This rank's part of ``W + scale * B A``: computed in fp32, rounded once to the dtype of W. The base is not touched."""
         delta = self.lora_b.detach().float() @ self.lora_a.detach().float()
-        return self.base_layer.weight.detach().float().add_(delta, alpha=self.scale).to(self.base_layer.weight.dtype)
+        base = self.base_layer.weight.detach()
+        return delta.mul_(self.scale).add_(base).to(base.dtype)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """megatron's description of the adapter and the base for dist_checkpointing; base names are as without an adapter."""

@@ -47,6 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
     module = types.ModuleType("mswift.commands.sft")
     module.sft = sft  # type: ignore[attr-defined]
+    module.check = lambda config, world: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mswift.commands.sft", module)
     for name in ("NPROC_PER_NODE", "NNODES", "RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)

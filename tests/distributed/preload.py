@@ -11,7 +11,7 @@ import torch._dynamo  # noqa: E402, F401
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config  # noqa: E402, F401
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402, F401
 
-import mswift.commands.session  # noqa: E402, F401
-import mswift.data  # noqa: E402, F401
-import mswift.engines.megatron  # noqa: E402, F401
+import mswift.commands.session  # noqa: E402
+import mswift.data  # noqa: E402
+import mswift.engines.megatron  # noqa: E402
 import mswift.train.checkpoint  # noqa: E402, F401

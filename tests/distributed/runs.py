@@ -36,9 +36,8 @@ class Run:
     transformer: dict[str, Any] | None = None
 
 
-def open_engine(run: Run, world: int) -> Any:
-    """A MegatronEngine of this process; the world must be joined already."""
-    from mswift.engines.megatron import MegatronEngine, OptimizerSettings
+def open_model(run: Run, world: int) -> Any:
+    """A MegatronModel of this process; the world must be joined already."""
     from mswift.engines.megatron_model import BuildSettings, MegatronModel
     from mswift.parallel.groups import make_groups
     from mswift.parallel.layout import ParallelLayout
@@ -53,8 +52,15 @@ def open_engine(run: Run, world: int) -> Any:
         model.add_lora(LoraSettings(**run.lora))
     if run.adapter is not None:
         model.load_adapter(run.adapter)
+    return model
+
+
+def open_engine(run: Run, world: int) -> Any:
+    """A MegatronEngine of this process; the world must be joined already."""
+    from mswift.engines.megatron import MegatronEngine, OptimizerSettings
+
     optimizer = OptimizerSettings(use_distributed_optimizer=run.distributed_optimizer, max_grad_norm=run.max_grad_norm)
-    return MegatronEngine(model, optimizer, seed=7, source=str(run.checkpoint))
+    return MegatronEngine(open_model(run, world), optimizer, seed=7, source=str(run.checkpoint))
 
 
 def encode(run: Run) -> tuple[EncodedDataset, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mswift.data.batches import MicroBatch
-from tests.distributed.runs import Run, open_engine
+from tests.distributed.runs import Run, open_batches, open_engine, open_model, train
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Measured:
     grad_norm: float
 
 
-def logits_of(engine: Any, input_ids: Tensor) -> Tensor | None:
+def logits_of(model: Any, input_ids: Tensor) -> Tensor | None:
     """fp32 ``[b, s, vocabulary]`` without dropout, on the last pipeline stage; None on the others."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -33,20 +34,20 @@ def logits_of(engine: Any, input_ids: Tensor) -> Tensor | None:
         output = chunk(input_ids, positions, None, runtime_gather_output=True)
         return output, lambda logits, non_loss_data: logits
 
-    for chunk in engine.chunks:
+    for chunk in model.chunks:
         chunk.eval()
     with torch.no_grad():
         found = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[None] * len(engine.chunks),
-            model=engine.chunks,
-            num_microbatches=engine.groups.layout.pp,  # an interleaved pipeline wants that many
+            data_iterator=[None] * len(model.chunks),
+            model=model.chunks,
+            num_microbatches=model.groups.layout.pp,  # an interleaved pipeline wants that many
             seq_length=input_ids.shape[1],
             micro_batch_size=len(input_ids),
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return found[0][..., : engine.model.description.vocab_size].clone() if found else None
+    return found[0][..., : model.description.vocab_size].clone() if found else None
 
 
 def export_gradients(engine: Any, directory: Path) -> None:
@@ -78,7 +79,81 @@ def measure(rank: int, world: int, run: Run, batches: Sequence[MicroBatch], grad
     from mswift.objectives.sft import SupervisedObjective
 
     engine = open_engine(run, world)
-    logits = logits_of(engine, batches[0].input_ids)
+    logits = logits_of(engine.model, batches[0].input_ids)
     result = engine.train_step(batches, SupervisedObjective(), step=0, learning_rate=0.0)
     (export_gradients if engine.model.lora is None else export_adapter_gradients)(engine, gradients)
     return Measured(logits, result.loss, result.grad_norm)
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """One checkpoint to be loaded and written again."""
+
+    run: Run
+    target: Path
+    max_shard_size: str
+
+
+def round_trip(rank: int, world: int, trips: Sequence[RoundTrip]) -> list[str]:
+    """Load and export each; what each says of padded heads. For `run_distributed`."""
+    padded = []
+    for trip in trips:
+        model = open_model(trip.run, world)
+        model.export_merged(trip.target, max_shard_size=trip.max_shard_size)
+        padded.append(model.padded_heads)
+    return padded
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a short LoRA run left behind. `base_before`, `base_after`: hash of every base tensor of this rank, by global name."""
+
+    logits: Tensor | None
+    losses: list[float]
+    rows_of_first_step: list[int]
+    base_before: dict[str, str]
+    base_after: dict[str, str]
+
+
+def base_hashes(model: Any) -> dict[str, str]:
+    """SHA-256 of the bytes of every weight that is not an adapter."""
+    from mswift.families.model import base_parameters
+
+    found = (entry for chunk in model.chunks for entry in base_parameters(chunk, model.groups))
+    return {name: hashlib.sha256(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for name, parameter, _ in found}
+
+
+def train_lora(rank: int, world: int, run: Run, ids: Tensor, folder: Path) -> Trained:
+    """A few steps; writes `untouched` (merged before the first step), `adapter` and `merged` into `folder`. For `run_distributed`."""
+    engine = open_engine(run, world)
+    batches = open_batches(run, engine)
+    before = base_hashes(engine.model)
+    engine.export_merged(folder / "untouched", max_shard_size="60KB")
+    losses = [result.loss for result in train(engine, batches, run)]
+    engine.export_adapter(folder / "adapter")
+    engine.export_merged(folder / "merged", max_shard_size="60KB")
+    rows = [row for batch in batches.step(0) for row in batch.rows]
+    return Trained(logits_of(engine.model, ids), losses, rows, before, base_hashes(engine.model))
+
+
+def adapter_logits(rank: int, world: int, runs: Sequence[Run], ids: Tensor) -> list[Tensor | None]:
+    """Logits with the adapter of each run. For `run_distributed`."""
+    return [logits_of(open_model(run, world), ids) for run in runs]
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """Figures of the first step of a run, and the rows of its global batch."""
+
+    loss: float
+    grad_norm: float
+    rows: list[int]
+
+
+def first_step(rank: int, world: int, run: Run, gradients: Path) -> FirstStep:
+    """The step that a run would begin with, from real rows; its adapter gradients go to `gradients`. For `run_distributed`."""
+    engine = open_engine(run, world)
+    batches = open_batches(run, engine)
+    result = train(engine, batches, run, steps=1)[0]
+    export_adapter_gradients(engine, gradients)
+    return FirstStep(result.loss, result.grad_norm, [row for batch in batches.step(0) for row in batch.rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,36 @@ def last_stage(ranks: Sequence[Measured]) -> Tensor:
     found = [rank.logits for rank in ranks if rank.logits is not None]
     assert all(torch.equal(logits, found[0]) for logits in found), "tensor-parallel ranks have different logits"
     return found[0]
+
+
+def labelled_rows(rows: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+    """One padded batch for transformers: labels on what an assistant says and its end of turn, found in the text of a ChatML template."""
+    ids, labels = [], []
+    for row in rows:
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = [match.span(1) for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
+        trained = [any(start <= first and last <= end for start, end in spans) for first, last in encoded["offset_mapping"]]
+        ids.append(torch.tensor(encoded["input_ids"]))
+        labels.append(torch.tensor([token if use else IGNORED_LABEL for token, use in zip(encoded["input_ids"], trained)]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
+    return {"input_ids": pad(ids, batch_first=True), "attention_mask": mask, "labels": pad(labels, batch_first=True, padding_value=IGNORED_LABEL)}
+
+
+def load_peft(base: Path, adapter: Path, *, trainable: bool = False) -> Any:
+    """The base by transformers with the adapter by peft, fp32, without dropout."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
+
+
+@torch.no_grad()
+def logits_with(base: Path, adapter: Path | None, ids: Tensor) -> Tensor:
+    """Logits of transformers, with the adapter of peft if there is one."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager") if adapter is None else load_peft(base, adapter)
+    return model(ids, use_cache=False).logits

@@ -242,6 +242,7 @@ def sft(config):
 
 module = types.ModuleType("mswift.commands.sft")
 module.sft = sft
+module.check = lambda config, world: None
 sys.modules[module.__name__] = module
 """
 

@@ -159,7 +159,7 @@ def test_mistakes_on_the_command_line(words: str, message: str) -> None:
         ("infer", ["--model", "m", "--lora_rank", "4"], "--lora_rank is a flag of mswift sft, not of mswift infer"),
         ("export", ["--seed", "4"], "--seed is a flag of mswift sft and infer, not of mswift export"),
         ("merge-lora", ["--model", "m"], "--adapters is required to merge: give the folder of a PEFT adapter"),
-        ("sft", ["missing.yaml"], "missing.yaml cannot be read: No such file or directory"),
+        ("sft", ["missing.yaml"], "missing.yaml cannot be read: No such file or directory; check its name"),
     ],
 )
 def test_mistakes_of_the_whole_line(verb: str, argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

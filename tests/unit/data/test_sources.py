@@ -133,11 +133,11 @@ def test_faults_of_a_file_are_one_line_with_its_place(tmp_path: Path, name: str,
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing\.jsonl: no such data file or directory \(looked in .*\); check --dataset$"):
+    with pytest.raises(DataError, match=r"nothing\.jsonl: no such data file or directory \(looked in .*\); check --dataset and --val_dataset$"):
         read(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(DataError, match=r"x\*\.jsonl: no file matches this pattern; check --dataset$"):
+    with pytest.raises(DataError, match=r"x\*\.jsonl: no file matches this pattern; check --dataset and --val_dataset$"):
         read(str(tmp_path / "x*.jsonl"))
-    with pytest.raises(DataError, match=r"the directory holds no \.jsonl or \.json file; check --dataset$"):
+    with pytest.raises(DataError, match=r"the directory holds no \.jsonl or \.json file; check --dataset and --val_dataset$"):
         read(str(tmp_path))
 
 

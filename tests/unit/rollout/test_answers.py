@@ -54,8 +54,8 @@ def test_rows_that_cannot_be_answered_name_their_line(encoder: PromptEncoder) ->
     long = row("a bird " * 30, line=9)
     with pytest.raises(DataError, match=r"^rows.jsonl:9: the prompt has \d+ tokens and the longest sequence is 20; .*--truncation_strategy left"):
         make_questions([row("who"), long], encoder, max_length=20)
-    (cut,) = make_questions([long], encoder, max_length=20, cut_left=True)
-    assert cut.prompt == encoder.encode(long.messages)[-19:]
+    (cut,) = make_questions([long], encoder, max_length=20, cut_to=12)
+    assert cut.prompt == encoder.encode(long.messages)[-12:]
 
 
 def test_rows_are_answered_in_order_and_keep_their_columns(generator: Generator, questions: list[Question], tmp_path: Path) -> None:
@@ -114,6 +114,14 @@ def test_lines_appear_in_order_as_soon_as_they_can(order: list[int], tmp_path_fa
         assert lines_of(result.path) == [{"n": n, "text": "早\n"} for n in range(ready)]
     result.close()
     assert result.num_lines == 6
+
+
+def test_without_an_answer_there_is_no_file(tmp_path: Path) -> None:
+    result = ResultFile(tmp_path / "out.jsonl")
+    result.put(1, {"n": 1})
+    result.close()
+    assert list(tmp_path.iterdir()) == []
+    assert result.num_lines == 0
 
 
 def test_an_existing_file_is_not_touched(tmp_path: Path) -> None:

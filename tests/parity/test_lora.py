@@ -1,0 +1,201 @@
+"""An adapter is the same function here and in peft: trained and exported, merged, imported, in every layout; the base stays as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.runs import Run
+from tests.parity.ranks import Trained, adapter_logits, first_step, train_lora
+from tests.parity.reference import distance, labelled_rows, load_peft, load_tensors, logits_with
+from tests.tiny import make_checkpoint, make_model, write_rows
+
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+# three groups of heads and a base without and with biases: TP2 pads the heads; the fourth has one group for two ranks
+TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
+    "llama-tp1": ("llama", {}, 1, {"lora": LORA}),
+    "llama-tp2-padded": ("llama", {}, 2, {"tp": 2, "lora": {**LORA, "use_rslora": True}}),
+    "qwen3-tp2-one-group": ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}, 2, {"tp": 2, "lora": LORA}),
+    "llama-biases-tp2-pp2": ("llama", {"attention_bias": True, "mlp_bias": True}, 4, {"tp": 2, "pp": 2, "lora": LORA}),
+    "qwen2-tp4-two-groups": ("qwen2", {"num_attention_heads": 8, "num_key_value_heads": 2}, 4, {"tp": 4, "lora": {**LORA, "targets": ("linear_qkv",)}}),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(3, 331, (3, 20), generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture(scope="module", params=TRAININGS)
+def trained(request: pytest.FixtureRequest, rows: Path, ids: Tensor, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Trained]]:
+    """A folder with `model`, `untouched`, `adapter` and `merged`, and what the ranks say."""
+    family, changes, world, options = TRAININGS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    run = Run(make_checkpoint(folder / "model", family, **changes), rows, steps=4, **options)
+    return folder, run_distributed(train_lora, world, run, ids, folder, timeout=120)
+
+
+def logits(ranks: list[Any]) -> Tensor:
+    return next(rank.logits for rank in ranks if rank.logits is not None)
+
+
+def test_the_exported_adapter_computes_the_same_in_peft(trained: tuple[Path, list[Trained]], ids: Tensor) -> None:
+    folder, ranks = trained
+    assert ranks[0].losses[-1] < ranks[0].losses[0] - 0.1, "nothing was learnt, so nothing is compared"
+    ours = logits(ranks)
+    assert distance(logits_with(folder / "model", folder / "adapter", ids), ours) < 1e-4
+    assert distance(logits_with(folder / "model", None, ids), ours) > 0.1
+
+
+def test_the_merged_export_computes_the_same_in_transformers(trained: tuple[Path, list[Trained]], ids: Tensor) -> None:
+    folder, ranks = trained
+    assert distance(logits_with(folder / "merged", None, ids), logits(ranks)) < 1e-4
+    base, merged = load_tensors(folder / "model"), load_tensors(folder / "merged")
+    assert set(merged) == set(base)
+    targets = json.loads((folder / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    moved = {name.split(".")[-2] for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert moved == set(targets)
+
+
+def test_training_moves_no_base_weight_by_one_bit(trained: tuple[Path, list[Trained]]) -> None:
+    folder, ranks = trained
+    for rank in ranks:
+        assert rank.base_before == rank.base_after
+        assert len(rank.base_before) > 8
+    base, untouched = load_tensors(folder / "model"), load_tensors(folder / "untouched")
+    assert set(untouched) == set(base)
+    assert all(torch.equal(untouched[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in base.items())
+
+
+def test_an_adapter_that_is_read_again_computes_the_same(trained: tuple[Path, list[Trained]], ids: Tensor) -> None:
+    """In another layout than the one that wrote it."""
+    folder, ranks = trained
+    size = 2 if len(ranks) == 1 else 1
+    found = run_distributed(adapter_logits, size, [Run(folder / "model", adapter=folder / "adapter", tp=size)], ids)
+    assert distance(found[-1][0], logits(ranks)) < 1e-4
+    assert all(torch.equal(rank[0], found[0][0]) for rank in found)
+
+
+# ---- adapters made by peft -----------------------------------------------------------------------------------------------------------
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PEFT: dict[str, dict[str, Any]] = {
+    "all-linear": {"target_modules": ALL},
+    "queries-and-values": {"target_modules": ["q_proj", "v_proj"]},
+    "one-layer": {"target_modules": ALL, "layers_to_transform": [3]},
+    "rslora-ranks": {"target_modules": ALL, "use_rslora": True, "rank_pattern": {"k_proj": 3, "gate_proj": 7}, "alpha_pattern": {"o_proj": 5}},
+}
+
+
+def make_peft_adapter(base: Path, directory: Path, seed: int = 1, **options: Any) -> Path:
+    """An adapter with every A and B random, so that the modules of a fused layer share nothing."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.2, generator=generator)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def peft_adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("peft")
+    return [make_peft_adapter(base, folder / name, **options) for name, options in PEFT.items()]
+
+
+@pytest.mark.parametrize("layout", [(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], ids=["tp1", "tp2", "pp2"])
+def test_an_adapter_of_peft_loads_exactly(layout: tuple[int, dict[str, int]], base: Path, peft_adapters: list[Path], ids: Tensor) -> None:
+    world, sizes = layout
+    found = run_distributed(adapter_logits, world, [Run(base, adapter=adapter, **sizes) for adapter in peft_adapters], ids)[-1]
+    plain = logits_with(base, None, ids)
+    for adapter, ours in zip(peft_adapters, found, strict=True):
+        expected = logits_with(base, adapter, ids)
+        assert distance(ours, expected) < 1e-4, adapter.name
+        assert distance(plain, expected) > 0.1, adapter.name
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_first_loss_equals_that_of_transformers_and_peft(world: int, base: Path, peft_adapters: list[Path], rows: Path, tmp_path: Path) -> None:
+    found = run_distributed(first_step, world, Run(base, rows, tp=world, adapter=peft_adapters[0]), tmp_path / "gradients")
+    model = load_peft(base, peft_adapters[0])
+    batch = rows_for_transformers(base, rows, found[0].rows)
+    assert 0 < (batch["labels"] >= 0).sum() < batch["attention_mask"].sum()
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    assert [rank.loss for rank in found] == pytest.approx([expected] * world, rel=1e-5)
+
+
+def rows_for_transformers(base: Path, rows: Path, chosen: list[int]) -> dict[str, Tensor]:
+    from transformers import AutoTokenizer
+
+    every = [json.loads(line) for line in rows.read_text(encoding="utf8").splitlines()]
+    assert len(chosen) == 8
+    return labelled_rows([every[row] for row in chosen], AutoTokenizer.from_pretrained(base))
+
+
+@pytest.mark.parametrize("layout", [(1, {}), (2, {"tp": 2}), (4, {"tp": 2, "pp": 2})], ids=["tp1", "tp2", "tp2-pp2"])
+def test_the_gradients_of_an_adapter_equal_those_of_peft(
+    layout: tuple[int, dict[str, int]], base: Path, rows: Path, ids: Tensor, tmp_path: Path
+) -> None:
+    """From an adapter of our own: the modules of a fused layer share one A, so its gradient is the sum of theirs."""
+    run = Run(base, rows, lora=LORA, steps=3)
+    run_distributed(train_lora, 1, run, ids, tmp_path)
+    world, sizes = layout
+    run = Run(base, rows, adapter=tmp_path / "adapter", max_grad_norm=0.0, **sizes)
+    found = run_distributed(first_step, world, run, tmp_path / "gradients")
+    model = load_peft(base, tmp_path / "adapter", trainable=True)
+    loss = model(**rows_for_transformers(base, rows, found[0].rows)).loss
+    loss.backward()
+    expected = peft_gradients(model)
+    ours = load_tensors(tmp_path / "gradients")
+    assert set(ours) == set(expected)
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+    for rank in found:
+        assert rank.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert rank.grad_norm == pytest.approx(norm_of_fused(expected), rel=1e-4)
+
+
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1"}
+
+
+def fused_name(name: str) -> str:
+    module = name.split(".")[-3]
+    return name.replace(module, FUSED.get(module, module))
+
+
+def peft_gradients(model: Any) -> dict[str, Tensor]:
+    """By name in the adapter's file; those of A summed over the modules of a fused layer."""
+    found = {name.replace(".default", ""): p.grad for name, p in model.named_parameters() if "lora_" in name}
+    sums: dict[str, Tensor] = {}
+    for name, gradient in found.items():
+        if "lora_A" in name:
+            sums[fused_name(name)] = sums.get(fused_name(name), 0) + gradient
+    return {name: sums[fused_name(name)] if "lora_A" in name else gradient for name, gradient in found.items()}
+
+
+def norm_of_fused(gradients: dict[str, Tensor]) -> float:
+    """Norm over the fused adapters: an A that several modules share counts once."""
+    once = {fused_name(name) if "lora_A" in name else name: gradient for name, gradient in gradients.items()}
+    return float(torch.stack([gradient.norm() for gradient in once.values()]).norm())

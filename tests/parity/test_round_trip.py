@@ -1,0 +1,115 @@
+"""Hugging Face -> Megatron -> Hugging Face keeps every bit of every tensor, in whatever layout the model was held."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.runs import Run
+from tests.parity.cases import options_of
+from tests.parity.ranks import RoundTrip, round_trip
+from tests.parity.reference import load_tensors
+from tests.tiny import make_checkpoint, make_model
+
+CASES = (
+    ("llama/plain", "float32"),
+    ("llama/plain", "bfloat16"),
+    ("llama/tied", "float32"),
+    ("llama/biases", "bfloat16"),
+    ("llama/one-group", "float32"),
+    ("qwen2/two-groups", "bfloat16"),
+    ("qwen2/tied", "bfloat16"),
+    ("qwen3/biases", "float32"),
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"tp1": (1, {}), "tp4": (4, {"tp": 4}), "tp2-pp2": (4, {"tp": 2, "pp": 2})}
+PADDED = {
+    "tp1": set(),
+    "tp4": {"llama/plain", "llama/tied", "llama/biases", "llama/one-group", "qwen2/tied", "qwen3/biases"},
+    "tp2-pp2": {"llama/plain", "llama/tied", "llama/biases", "qwen2/tied", "qwen3/biases"},
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    case: str
+    dtype: str
+    directory: Path
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(3, 331, (2, 15), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory, ids: torch.Tensor) -> list[Source]:
+    found = []
+    for index, (case, dtype) in enumerate(CASES):
+        family, changes = options_of(case)
+        directory = tmp_path_factory.mktemp("source")
+        model = make_model(family, seed=index, dtype=DTYPES[dtype], **changes)
+        model.save_pretrained(directory, max_shard_size="100KB")
+        with torch.no_grad():
+            found.append(Source(case, dtype, directory, model(ids).logits))
+    return found
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_bit_comes_back(layout: str, sources: list[Source], ids: torch.Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    world, sizes = LAYOUTS[layout]
+    trips = [RoundTrip(Run(source.directory, dtype=source.dtype, **sizes), tmp_path / str(i), "60KB") for i, source in enumerate(sources)]
+    padded = run_distributed(round_trip, world, trips)[0]
+    assert {source.case for source, text in zip(sources, padded, strict=True) if text} == PADDED[layout]
+    for source, trip in zip(sources, trips, strict=True):
+        before, after = load_tensors(source.directory), load_tensors(trip.target)
+        assert set(after) == set(before)
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype == DTYPES[source.dtype]
+            assert torch.equal(bits(after[name]), bits(tensor)), f"{source.case} {name}"
+        assert len(list(trip.target.glob("*.safetensors"))) > 4
+        model = AutoModelForCausalLM.from_pretrained(trip.target, attn_implementation="eager")
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, source.logits), source.case
+
+
+@pytest.mark.parametrize("size", ["1KB", "5GB"])
+def test_an_export_is_a_complete_directory(size: str, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "qwen2", tie_word_embeddings=True)
+    run_distributed(round_trip, 2, [RoundTrip(Run(source, tp=2), tmp_path / "out", size)])
+    out = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= out
+    tensors = load_tensors(source)
+    if size == "5GB":
+        assert {name for name in out if "safetensors" in name} == {"model.safetensors"}
+    else:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(tensors)
+        assert set(index["weight_map"].values()) == {name for name in out if name.endswith(".safetensors")}
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "out"))
+    assert {**before, "dtype": "float32"} == {**after, "dtype": "float32"}
+
+
+def test_a_bf16_checkpoint_held_in_fp32_keeps_its_values(tmp_path: Path) -> None:
+    make_model("qwen3", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    run_distributed(round_trip, 2, [RoundTrip(Run(tmp_path / "source", dtype="float32", tp=2), tmp_path / "out", "60KB")])
+    before, after = load_tensors(tmp_path / "source"), load_tensors(tmp_path / "out")
+    assert set(after) == set(before)
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.float32
+        assert torch.equal(after[name], tensor.float())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
