@@ -252,11 +252,16 @@ def _prepare_output(config: SftConfig, output_dir: Path, *, keep_report: bool) -
         output_dir.mkdir(parents=True, exist_ok=True)
         _write_args(config, output_dir)
 
-    agree(attempt(write) if is_main_process() else None, f"writing to --output_dir {output_dir}")
+    try:
+        agree(attempt(write) if is_main_process() else None, f"writing to --output_dir {output_dir}")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; give another folder, or mend that") from error
 
 
 def _write_args(config: SftConfig, directory: Path) -> None:
-    (directory / "args.json").write_text(json.dumps(config.to_flat(), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    from mswift.conversion.staging import replace_file
+
+    replace_file(directory / "args.json", json.dumps(config.to_flat(), indent=2, ensure_ascii=False) + "\n")
 
 
 def _remove_old_run(output_dir: Path, *, keep: str) -> None:

@@ -130,26 +130,7 @@ def _pair(source: str, tensors: Mapping[str, torch.Tensor], shape: Shape) -> tup
     a, b = tensors[name_a], tensors[name_b]
     if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
         got = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
-        raise ConversionError(
-            f"the adapter of {module_of(source)} has {got}, its weight is {shape}; it is of another model: give its base as --model"
-        )
-    return a, b
-
-
-def _pair(source: str, tensors: Mapping[str, torch.Tensor], shape: Shape) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if not source.endswith(".weight"):
-        return None
-    name_a, name_b = peft_names(source)
-    if name_a not in tensors and name_b not in tensors:
-        return None
-    if name_a not in tensors or name_b not in tensors:
-        raise ConversionError(f"the adapter of {module_of(source)} has only one of A and B; the adapter file is incomplete")
-    a, b = tensors[name_a], tensors[name_b]
-    if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
-        got = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
-        raise ConversionError(
-            f"the adapter of {module_of(source)} has {got}, its weight is {shape}; it belongs to another model: give its own base with --model"
-        )
+        raise ConversionError(f"the adapter of {module_of(source)} has {got}, its weight is {shape}; it is of another model: give its own --model")
     return a, b
 
 

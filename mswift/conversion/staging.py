@@ -45,6 +45,16 @@ def check_target(directory: Path, exist_ok: bool) -> None:
         raise ConversionError(f"output directory {directory} holds something other than a model ({' or '.join(_OURS)}); choose another one")
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file anew; on a full disk the old one stays."""
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        draft.write_text(text, encoding="utf8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def check_space(directory: Path, nbytes: int) -> None:
     """Refuse to begin what cannot be finished; ``directory`` exists.
 

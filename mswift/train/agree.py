@@ -34,5 +34,7 @@ def agree(error: BaseException | None, what: str) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in a line; the kind of one that is not ours says more than its text."""
+    """An error in a line; the kind of one that is neither ours nor the system's says more than its text."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return str(error) if isinstance(error, MswiftError) else f"{type(error).__name__}: {one_line(error)}"

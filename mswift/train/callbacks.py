@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from mswift.conversion.staging import replace_file
 from mswift.log import is_main_process
 from mswift.train.state import Callback, StepRecord, TrainState
 
@@ -101,7 +102,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     rows = read_records(path)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf8")
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -46,11 +46,18 @@ class CheckpointWriter:
             CheckpointError: on every rank if any rank could not write; what was there before is untouched.
         """
         target = output_dir / f"checkpoint-{step}"
-        draft = output_dir / f".checkpoint-{step}.incomplete"
-        what = f"earlier checkpoints are whole, but saving {target}"
+        try:
+            self._write(target, output_dir / f".{target.name}.incomplete", step)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; earlier checkpoints are whole: mend that, then add --resume_from_checkpoint auto") from error
+        self._forget_old(output_dir)
+        return target
+
+    def _write(self, target: Path, draft: Path, step: int) -> None:
+        what = f"saving {target}"
         if is_main_process():
             shutil.rmtree(draft, ignore_errors=True)
-        agree(attempt(lambda: self._require_space(output_dir)), what)
+        agree(attempt(lambda: self._require_space(target.parent)), what)
         try:
             agree(attempt(lambda: self.write_model(draft)), what)
             self._write_resume(draft, step, what)
@@ -59,19 +66,18 @@ class CheckpointWriter:
             if is_main_process():
                 shutil.rmtree(draft, ignore_errors=True)
             raise
-        self._forget_old(output_dir)
-        return target
 
     def _require_space(self, output_dir: Path) -> None:
-        """Master weight, two moments and the weight itself for every trained element of this rank, before a byte is written."""
-        needed = sum(14 * count for count in self.engine.trained_elements())
-        total = torch.tensor([needed], dtype=torch.int64, device=self.engine.device)
-        dist.all_reduce(total)
+        """Two moments, the master weight and the weight twice for every trained element, before a byte is written."""
+        elements = torch.tensor([sum(self.engine.trained_elements())], dtype=torch.int64, device=self.engine.device)
+        dist.all_reduce(elements)
         if is_main_process():
+            layout = self.engine.groups.layout
+            needed = 16 * int(elements[0]) // (layout.dp * layout.cp)  # replicas are written once
             output_dir.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(output_dir).free
-            if free < int(total[0]):
-                raise CheckpointError(f"{free / 2**20:.1f} MiB are free there, {int(total[0]) / 2**20:.1f} MiB needed; free some, then resume")
+            if free < needed:
+                raise CheckpointError(f"{free / 2**20:.1f} MiB are free there, {needed / 2**20:.1f} MiB needed")
 
     def _write_resume(self, draft: Path, step: int, what: str) -> None:
         from mswift.train.storage import save_state

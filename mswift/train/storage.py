@@ -7,6 +7,7 @@ rank is raised on all.
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,9 @@ def save_state(state: dict[str, Any], directory: Path, what: str) -> None:
     def write_common() -> None:
         if is_main_process():
             directory.mkdir(parents=True)
-            torch.save(common, directory / _COMMON_FILE)
+            buffer = io.BytesIO()  # torch would tell a full disk in words of its own
+            torch.save(common, buffer)
+            (directory / _COMMON_FILE).write_bytes(buffer.getbuffer())
             save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
     agree(attempt(write_common), what)

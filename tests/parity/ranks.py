@@ -136,9 +136,15 @@ def train_lora(rank: int, world: int, run: Run, ids: Tensor, folder: Path) -> Tr
     return Trained(logits_of(engine.model, ids), losses, rows, before, base_hashes(engine.model))
 
 
-def adapter_logits(rank: int, world: int, runs: Sequence[Run], ids: Tensor) -> list[Tensor | None]:
-    """Logits with the adapter of each run. For `run_distributed`."""
-    return [logits_of(open_model(run, world), ids) for run in runs]
+def adapter_logits(rank: int, world: int, runs: Sequence[Run], ids: Tensor, copies: Sequence[Path] = ()) -> list[Tensor | None]:
+    """Logits with the adapter of each run; the adapters are written again to `copies`, if there are any. For `run_distributed`."""
+    found = []
+    for index, run in enumerate(runs):
+        model = open_model(run, world)
+        found.append(logits_of(model, ids))
+        if copies:
+            model.export_adapter(copies[index], base_model=str(run.checkpoint))
+    return found
 
 
 @dataclass(frozen=True)

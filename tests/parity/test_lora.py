@@ -14,7 +14,7 @@ from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run
 from tests.parity.ranks import Trained, adapter_logits, first_step, train_lora
 from tests.parity.reference import distance, labelled_rows, load_peft, load_tensors, logits_with
-from tests.tiny import make_checkpoint, make_model, write_rows
+from tests.tiny import make_checkpoint, write_rows
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 # three groups of heads and a base without and with biases: TP2 pads the heads; the fourth has one group for two ranks
@@ -23,7 +23,12 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "llama-tp2-padded": ("llama", {}, 2, {"tp": 2, "lora": {**LORA, "use_rslora": True}}),
     "qwen3-tp2-one-group": ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}, 2, {"tp": 2, "lora": LORA}),
     "llama-biases-tp2-pp2": ("llama", {"attention_bias": True, "mlp_bias": True}, 4, {"tp": 2, "pp": 2, "lora": LORA}),
-    "qwen2-tp4-two-groups": ("qwen2", {"num_attention_heads": 8, "num_key_value_heads": 2}, 4, {"tp": 4, "lora": {**LORA, "targets": ("linear_qkv",)}}),
+    "qwen2-tp4-two-groups": (
+        "qwen2",
+        {"num_attention_heads": 8, "num_key_value_heads": 2},
+        4,
+        {"tp": 4, "lora": {**LORA, "targets": ("linear_qkv",)}},
+    ),
 }
 
 
@@ -125,14 +130,19 @@ def peft_adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.mark.parametrize("layout", [(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], ids=["tp1", "tp2", "pp2"])
-def test_an_adapter_of_peft_loads_exactly(layout: tuple[int, dict[str, int]], base: Path, peft_adapters: list[Path], ids: Tensor) -> None:
+def test_an_adapter_of_peft_loads_exactly(
+    layout: tuple[int, dict[str, int]], base: Path, peft_adapters: list[Path], ids: Tensor, tmp_path: Path
+) -> None:
+    """And goes back to peft exactly."""
     world, sizes = layout
-    found = run_distributed(adapter_logits, world, [Run(base, adapter=adapter, **sizes) for adapter in peft_adapters], ids)[-1]
+    copies = [tmp_path / adapter.name for adapter in peft_adapters]
+    found = run_distributed(adapter_logits, world, [Run(base, adapter=adapter, **sizes) for adapter in peft_adapters], ids, copies)[-1]
     plain = logits_with(base, None, ids)
-    for adapter, ours in zip(peft_adapters, found, strict=True):
+    for adapter, copy, ours in zip(peft_adapters, copies, found, strict=True):
         expected = logits_with(base, adapter, ids)
         assert distance(ours, expected) < 1e-4, adapter.name
         assert distance(plain, expected) > 0.1, adapter.name
+        assert distance(logits_with(base, copy, ids), expected) < 1e-4, adapter.name
 
 
 @pytest.mark.parametrize("world", [1, 2])
