@@ -28,7 +28,7 @@ from mswift.parallel.layout import ParallelLayout
 
 if TYPE_CHECKING:
     import psutil
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 AGENT_PID = "MSWIFT_AGENT_PID"
 KEEP_MALLOC = "MSWIFT_KEEP_MALLOC"
@@ -302,7 +302,7 @@ def report(error: MswiftError, *, on_all_ranks: bool = False) -> int:
         if rank():
             time.sleep(1)  # where every rank has this error, rank 0 is the one that the agent hears first
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf8") as file:
-            json.dump({"message": line, "timestamp": int(time.time())}, file)
+            json.dump({"message": line, "timestamp": int(time.time()), "exit_code": error.exit_code}, file)
     elif rank() == 0 or not on_all_ranks:
         print(f"{f'[rank {rank()}] ' if rank() else ''}error: {line}", file=sys.stderr, flush=True)
     return error.exit_code
@@ -343,18 +343,31 @@ def agent(argv: Sequence[str]) -> int:
         _end(psutil.Process().children(recursive=True))
 
 
+def cause_of(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """(rank, failure) of the first worker that failed by itself: not one that said nothing and was ended by the agent because of another."""
+
+    def order(rank: int) -> tuple[bool, int, int]:
+        failure = failures[rank]
+        return failure.exitcode == -signal.SIGTERM and not os.path.isfile(failure.error_file), failure.timestamp, rank
+
+    rank = min(failures, key=order)
+    return rank, failures[rank]
+
+
 def _report_worker(failed: ChildFailedError) -> int:
-    """One line about the first worker that failed, and its exit code."""
-    number, failure = failed.get_first_failure()
-    if failure.exitcode < 0:
+    """One line about the worker whose failure is the cause, and its exit code."""
+    number, failure = cause_of(failed.failures)
+    told = os.path.isfile(failure.error_file)
+    if failure.exitcode < 0 and not told:
         reason = f"rank {number} was ended by {failure.signal_name()}"
         hint = "; the machine may be out of memory" if failure.exitcode == -signal.SIGKILL else ""
         print(f"error: {reason}{hint}", file=sys.stderr)
         return 128 - failure.exitcode
-    if os.path.isfile(failure.error_file):
+    if told:
         where = f" (rank {number})" if number else ""
         print(f"error: {failure.message}{where}", file=sys.stderr)
-    elif failure.exitcode != 130:
+        return failure.exitcode if failure.exitcode > 0 else int(failure.error_file_data.get("exit_code", MswiftError.exit_code))
+    if failure.exitcode != 130:
         print(f"error: rank {number} ended with exit code {failure.exitcode}; what it said is above", file=sys.stderr)
     return failure.exitcode
 

@@ -160,9 +160,9 @@ class LoraLinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """This rank's part of ``W + scale * B A``: computed in fp32, rounded once to the dtype of W. The base is not touched."""
-        delta = self.lora_b.detach().float() @ self.lora_a.detach().float()
+        delta = (self.lora_b.detach().float() @ self.lora_a.detach().float()).mul_(self.scale)
         base = self.base_layer.weight.detach()
-        return delta.mul_(self.scale).add_(base).to(base.dtype)
+        return torch.where(delta == 0, base, (delta + base).to(base.dtype))  # a zero keeps its sign where nothing is added
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """megatron's description of the adapter and the base for dist_checkpointing; base names are as without an adapter."""

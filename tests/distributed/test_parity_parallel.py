@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,5 +27,5 @@ SPECIAL = [
 
 
 @pytest.mark.parametrize(("case", "layout"), [*PLAIN, *SPECIAL], ids=lambda part: part if isinstance(part, str) else "-".join(map(str, part[1])))
-def test_logits_loss_and_gradients_equal_those_of_transformers(case: str, layout: tuple[int, dict[str, int]], tmp_path: Path) -> None:
+def test_logits_loss_and_gradients_equal_those_of_transformers(case: str, layout: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
     check_against_transformers(case, *layout, tmp_path)

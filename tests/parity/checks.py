@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.parity.reference import distance, last_stage, load_tensors, measure_r
 from tests.tiny import make_model
 
 
-def check_against_transformers(case: str, world: int, sizes: dict[str, int], folder: Path) -> None:
+def check_against_transformers(case: str, world: int, sizes: dict[str, Any], folder: Path) -> None:
     """Logits, loss and the gradient of every tensor of one tiny model, fp32, in the layout `sizes` of `world` processes."""
     family, changes = options_of(case)
     model = make_model(family, **changes)

@@ -77,7 +77,7 @@ def fresh(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"tp": 4}, {"pp": 2}], ids=["tp2", "tp4", "pp2"])
-def test_an_adapter_begins_alike_in_every_layout(sizes: dict[str, int], checkpoint: Path, fresh: dict[str, Tensor], tmp_path: Path) -> None:
+def test_an_adapter_begins_alike_in_every_layout(sizes: dict[str, Any], checkpoint: Path, fresh: dict[str, Tensor], tmp_path: Path) -> None:
     """Heads are padded to 8 in two of them: the padding takes no part in the draw."""
     run_distributed(_export_fresh, math.prod(sizes.values()), Run(checkpoint, lora=LORA, **sizes), tmp_path / "adapter")
     found = load_tensors(tmp_path / "adapter")
@@ -114,6 +114,8 @@ def _merge(rank: int, world: int, run: Run) -> list[dict[str, Tensor]]:
         with torch.no_grad():
             module.lora_a.copy_(torch.randn(module.lora_a.shape, generator=generator))
             module.lora_b.copy_(torch.randn(module.lora_b.shape, generator=generator))
+            module.lora_b[0] = 0.0
+            module.base_layer.weight[:2, 0] = -0.0
         base = module.base_layer.weight.detach().clone()
         merged = module.merged_weight()
         after = module.base_layer.weight.detach().clone()
@@ -129,6 +131,7 @@ def test_merging_rounds_once_and_leaves_the_base(dtype: str, checkpoint: Path) -
     for layer in layers:
         assert layer["scale"].item() == pytest.approx(6.0 / 2.0)  # alpha / sqrt(rank)
         assert torch.equal(layer["base"], layer["after"])
+        assert torch.equal(layer["base"][0].view(torch.uint8), layer["merged"][0].view(torch.uint8)), "nothing was added here"
         exact = layer["base"].double() + layer["scale"].double() * layer["b"].double() @ layer["a"].double()
         assert layer["merged"].dtype == layer["base"].dtype
         if dtype == "bfloat16":

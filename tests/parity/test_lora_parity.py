@@ -131,7 +131,7 @@ def peft_adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.mark.parametrize("layout", [(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], ids=["tp1", "tp2", "pp2"])
 def test_an_adapter_of_peft_loads_exactly(
-    layout: tuple[int, dict[str, int]], base: Path, peft_adapters: list[Path], ids: Tensor, tmp_path: Path
+    layout: tuple[int, dict[str, Any]], base: Path, peft_adapters: list[Path], ids: Tensor, tmp_path: Path
 ) -> None:
     """And goes back to peft exactly."""
     world, sizes = layout
@@ -166,7 +166,7 @@ def rows_for_transformers(base: Path, rows: Path, chosen: list[int]) -> dict[str
 
 @pytest.mark.parametrize("layout", [(1, {}), (2, {"tp": 2}), (4, {"tp": 2, "pp": 2})], ids=["tp1", "tp2", "tp2-pp2"])
 def test_the_gradients_of_an_adapter_equal_those_of_peft(
-    layout: tuple[int, dict[str, int]], base: Path, rows: Path, ids: Tensor, tmp_path: Path
+    layout: tuple[int, dict[str, Any]], base: Path, rows: Path, ids: Tensor, tmp_path: Path
 ) -> None:
     """From an adapter of our own: the modules of a fused layer share one A, so its gradient is the sum of theirs."""
     run = Run(base, rows, lora=LORA, steps=3)
