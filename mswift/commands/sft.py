@@ -36,13 +36,12 @@ def check(config: SftConfig, world: int) -> None:
         MswiftError: model, layout, data files, adapter, output folder or checkpoint are missing, damaged or do not fit.
     """
     from mswift.conversion.hub import local_model
-    from mswift.train.folders import check_base
 
     sessions.check(config, world)
     resume_from = _check_files(config, config.output_dir())
     directory = local_model(config.model.model)
-    if resume_from is not None and directory is not None:
-        check_base(resume_from, directory)
+    if directory is not None:
+        _check_resume(config, resume_from, directory)
 
 
 def sft(config: SftConfig) -> None:
@@ -55,6 +54,7 @@ def sft(config: SftConfig) -> None:
     output_dir = config.output_dir()
     resume_from = _check_files(config, output_dir)
     directory = find_model(config.model)
+    _check_resume(config, resume_from, directory)
     train_rows, eval_rows = _read_rows(config)
     with open_session(directory, config.parallel, config.runtime) as session:
         template = make_template(directory, config.model, config.template)
@@ -110,6 +110,14 @@ def _check_output(config: SftConfig, output_dir: Path) -> Path | None:
             )
     check_writable(output_dir, "--output_dir")
     return resume_from
+
+
+def _check_resume(config: SftConfig, resume_from: Path | None, directory: Path) -> None:
+    from mswift.train.folders import check_base, check_flags
+
+    if resume_from is not None:
+        check_flags(resume_from, config.to_flat())
+        check_base(resume_from, directory)
 
 
 def _read_rows(config: SftConfig) -> tuple[list[Row], list[Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from mswift.errors import CheckpointError, one_line
 
 RESUME_DIR, RESUME_FILE, STATE_DIR = "resume", "resume.json", "state"
+_OPTIMIZER_FLAGS, _LORA_FLAGS = ("tuner_type", "use_distributed_optimizer"), ("lora_rank", "lora_alpha", "use_rslora")
 _TUNER_FLAGS = ("tuner_type", "lora_rank", "target_modules", "tensor_model_parallel_size")
 
 
@@ -132,6 +134,23 @@ def check_base(directory: Path, model: Path) -> None:
         CheckpointError: it was made from another model than the one in `model`, or is damaged.
     """
     _compare_base(directory, read_resume_point(directory).identity.model, fingerprint_model(model))
+
+
+def check_flags(directory: Path, flags: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a run with other settings of what is trained and how its optimizer is kept.
+
+    Args:
+        flags: of this run, by name.
+
+    Raises:
+        CheckpointError: with the first flag that differs.
+    """
+    saved = saved_flags(directory)
+    names = _OPTIMIZER_FLAGS if flags["tuner_type"] == "full" else (*_OPTIMIZER_FLAGS, *_LORA_FLAGS)
+    for name in names:
+        if name in saved and (saved[name] or False) != (flags[name] or False):
+            made, got = _shown(saved[name]), _shown(flags[name])
+            raise CheckpointError(f"{directory} was made with --{name} {made}, got {got}; give the same, or start anew in another --output_dir")
 
 
 def check_identity(directory: Path, saved: RunIdentity, now: RunIdentity) -> None:

@@ -74,7 +74,7 @@ def load_state(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     except CheckpointException as error:
         raise CheckpointError(f"it cannot be read{_first_failure(error)}") from error
     except Exception as error:  # megatron-core and torch each raise their own kinds, and plain ones
-        raise CheckpointError(f"it cannot be read: {reason_of(error)}") from error
+        raise CheckpointError(f"it cannot be read: {reason_of(error).split('. ')[0]}") from error
 
 
 def _first_failure(error: CheckpointException) -> str:
