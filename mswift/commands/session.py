@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mswift.config import Config, ExportConfig, ModelSection, ParallelSection, RuntimeSection, TemplateSection
 from mswift.conversion.directories import check_tokenizer, read_json
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mswift.parallel.groups import Groups
     from mswift.runtime.device import Runtime
     from mswift.templates.chat import ChatTemplate
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,15 @@ def open_session(directory: Path, parallel: ParallelSection, runtime_section: Ru
         yield Session(directory, runtime, make_groups(layout))
     finally:
         leave_processes()
+
+
+def shared(value: T) -> T:
+    """Rank 0's value, on every rank. Collective."""
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def quiet_libraries() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mswift.commands import session as sessions
-from mswift.commands.session import Session, check_writable, find_model, load_model, make_template, open_session
+from mswift.commands.session import Session, check_writable, find_model, load_model, make_template, open_session, shared
 from mswift.config import SftConfig, format_table
 from mswift.errors import CheckpointError, ConfigError, one_line
 from mswift.log import get_logger, is_main_process, progress_bar
@@ -57,6 +57,7 @@ def sft(config: SftConfig) -> None:
     _check_resume(config, resume_from, directory)
     train_rows, eval_rows = _read_rows(config)
     with open_session(directory, config.parallel, config.runtime) as session:
+        output_dir = shared(output_dir)  # --add_version names it by each rank's own clock
         template = make_template(directory, config.model, config.template)
         train_data, eval_data = _encode(config, template, train_rows, eval_rows, output_dir, directory)
         engine = _make_engine(config, session, data_seed=config.train.seed)

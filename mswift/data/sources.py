@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import importlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -224,8 +223,10 @@ def _row(value: Any, path: str, number: int) -> RawRow:
 
 
 def _read_hub(spec: SourceSpec) -> Iterator[RawRow]:
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # it tells of every attempt to reach the hub; the last one is told below
     load = _load_from_hf if spec.kind == "hf" else _load_from_ms
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt to reach the hub; the last one is told below
     try:
         rows = load(spec.location)
     except MissingExtraError:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mswift.config.fields import plain
 from mswift.errors import CheckpointError, one_line
 
 RESUME_DIR, RESUME_FILE, STATE_DIR = "resume", "resume.json", "state"
@@ -149,7 +150,7 @@ def check_flags(directory: Path, flags: Mapping[str, Any]) -> None:
     names = _OPTIMIZER_FLAGS if flags["tuner_type"] == "full" else (*_OPTIMIZER_FLAGS, *_LORA_FLAGS)
     for name in names:
         if name in saved and (saved[name] or False) != (flags[name] or False):
-            made, got = _shown(saved[name]), _shown(flags[name])
+            made, got = plain(saved[name] or False), plain(flags[name] or False)
             raise CheckpointError(f"{directory} was made with --{name} {made}, got {got}; give the same, or start anew in another --output_dir")
 
 
@@ -162,7 +163,7 @@ def check_identity(directory: Path, saved: RunIdentity, now: RunIdentity) -> Non
     _compare_base(directory, saved.model, now.model)
     if saved.trained != now.trained:
         flags = saved_flags(directory)
-        made = " ".join(f"--{name} {_shown(flags[name])}" for name in _TUNER_FLAGS if name in flags)
+        made = " ".join(f"--{name} {plain(flags[name])}" for name in _TUNER_FLAGS if name in flags)
         raise CheckpointError(
             f"{directory} holds other trained tensors than this run; give the flags that it was made with: {made or 'see args.json'}"
         )
@@ -181,7 +182,3 @@ def saved_flags(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

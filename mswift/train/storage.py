@@ -82,7 +82,7 @@ def _first_failure(error: CheckpointException) -> str:
     rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
     several = torch.distributed.get_world_size() > 1
     cut_short = isinstance(failure, RuntimeError) and "inline_container" in str(failure)  # the zip writer's way to say that a write failed
-    reason = "a file could not be written to its end (is the disk full?)" if cut_short else reason_of(failure)
+    reason = "a file could not be written to its end (is the disk full?)" if cut_short else reason_of(failure).split(". ")[0]
     return f"{f' on rank {rank}' if several else ''}: {reason}"
 
 
