@@ -80,7 +80,7 @@ def _read_rows(config: InferConfig) -> list[Row] | None:
 
 
 def _result_path(config: InferConfig, adapter: Path | None) -> Path:
-    """Where the answers go: ``--result_path``, else infer_result/<time>.jsonl in the folder of the adapter or the model.
+    """Where the answers go: ``--result_path``, else infer_result/<time>.jsonl in the folder of the adapter or the model (of a hub: in this one).
 
     Raises:
         ConfigError: there is such a file, or it cannot be made.
@@ -89,9 +89,9 @@ def _result_path(config: InferConfig, adapter: Path | None) -> Path:
         path = Path(config.infer.result_path).expanduser()
     else:
         model = Path(config.model.model).expanduser()
-        folder = adapter or (model if model.is_dir() else Path("infer_result") / model.name)
+        folder = adapter or (model if model.is_dir() else Path())
         path = folder / "infer_result" / f"{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
-    if path.exists() and is_main_process():
+    if path.exists():
         raise ConfigError(f"--result_path {path} exists already; remove it or give another file")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -212,6 +212,7 @@ def _answer(
     finally:
         if result is not None:
             result.close()
+        if result is not None and result.num_lines:
             print(f"{result.num_lines} of {len(questions)} answers in {result_path}; {figures}", flush=True)
 
 

@@ -24,6 +24,7 @@ class Console:
 
     def __init__(self, *, is_main: bool = True, share: Callable[[str | None], str | None] | None = None) -> None:
         self.is_main, self._share = is_main, share
+        self.interrupted = False  # Ctrl-C ended the last `until_interrupt`
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         for stream in (sys.stdin, sys.stdout):  # a byte that is no text must not end the conversation
             if isinstance(stream, io.TextIOWrapper):
@@ -73,6 +74,7 @@ class Console:
 
     def until_interrupt(self, pieces: Iterator[T]) -> Iterator[T]:
         """`pieces` until Ctrl-C; a second Ctrl-C before the first is heeded raises KeyboardInterrupt."""
+        self.interrupted = False
         if not self.can_interrupt:
             yield from pieces
             return
@@ -88,7 +90,7 @@ class Console:
             for piece in pieces:
                 yield piece
                 if pressed:
-                    self.note("\n(stopped)")
+                    self.interrupted = True
                     break
         finally:
             signal.signal(signal.SIGINT, before)

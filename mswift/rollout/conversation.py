@@ -133,3 +133,5 @@ def _answer(conversation: Conversation, console: Console, text: str, stream: boo
         console.note(f"error: {error}")
         return
     console.write("\n" if stream else f"{shown}\n")
+    if console.interrupted:
+        console.note("(stopped)")

@@ -155,7 +155,7 @@ def test_an_adapter_of_another_model(folder: Path, tmp_path: Path) -> None:
     out, err = process.communicate("", timeout=120)
     assert (process.returncode, out) == (2, "")
     assert err.startswith("error: ")
-    assert err.endswith("it belongs to another model\n")
+    assert "another model" in err
     assert err.count("\n") == 1
 
 
