@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from mswift import cli
-from mswift.commands.infer import _check_replicas, _questions, _read_rows, _settings
+from mswift.commands.infer import _check_replicas, _find_adapter, _questions, _read_rows, _settings
 from mswift.commands.session import Session, make_template
 from mswift.config import InferConfig, read_command
 from mswift.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ from mswift.parallel.groups import Groups
 from mswift.parallel.layout import ParallelLayout
 from mswift.rollout.prompts import Question
 from mswift.runtime.device import Runtime
+from mswift.train.folders import RESUME_DIR, RESUME_FILE
 from tests.tiny import make_checkpoint, make_model, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +180,16 @@ def test_a_prompt_that_is_too_long_is_refused_or_cut(folder: Path, tmp_path: Pat
     assert len(questions("--truncation_strategy", "left", "--max_new_tokens", "20")[0].prompt) == 236
     (question,) = questions("--truncation_strategy", "left")
     assert (len(question.prompt), question.label) == (128, None)
+
+
+def test_the_newest_checkpoint_of_a_run_answers(folder: Path, tmp_path: Path) -> None:
+    for step in (9, 10):
+        checkpoint = shutil.copytree(folder / "adapter", tmp_path / "run" / f"checkpoint-{step}")
+        (checkpoint / RESUME_DIR).mkdir()
+        (checkpoint / RESUME_DIR / RESUME_FILE).touch()
+    assert _find_adapter([str(tmp_path / "run")]) == tmp_path / "run" / "checkpoint-10"
+    assert _find_adapter([str(tmp_path / "run" / "checkpoint-9")]) == tmp_path / "run" / "checkpoint-9"
+    assert _find_adapter([]) is None
 
 
 def test_a_conversation_has_one_copy_of_the_model(folder: Path) -> None:
