@@ -1,0 +1,445 @@
+"""What is wrong and can be known before torch is imported: one line that says what was got, wanted and what to do; exit 2; nothing written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.cli.conftest import Lab
+from tests.cli.program import Worker, assert_one_line, contents
+
+Words = list[str]
+CASES: dict[str, tuple[Callable[[Lab], Words], tuple[str, ...], dict[str, str]]] = {}
+
+
+def case(*wanted: str, **env: str) -> Callable[[Callable[[Lab], Words]], Callable[[Lab], Words]]:
+    """A function that prepares a folder and returns a command line, and texts that the line of its error has to hold."""
+
+    def add(prepare: Callable[[Lab], Words]) -> Callable[[Lab], Words]:
+        CASES[prepare.__name__] = (prepare, wanted, env)
+        return prepare
+
+    return add
+
+
+# Models
+
+
+@case("model directory nothing/here/x does not exist", "give an existing directory or a hub id")
+def missing_model(lab: Lab) -> Words:
+    return lab.sft(model="nothing/here/x")
+
+
+@case("model directory ./m2 does not exist")
+def missing_model_of_an_export(lab: Lab) -> Words:
+    return lab.export(model="./m2")
+
+
+@case("model directory ./m2 does not exist", "give an existing directory")
+def missing_model_of_infer(lab: Lab) -> Words:
+    return ["infer", "--model", "./m2"]
+
+
+@case("model directory empty is empty", "wanted config.json and model.safetensors")
+def empty_model(lab: Lab) -> Words:
+    (lab.folder / "empty").mkdir()
+    return lab.sft(model="empty")
+
+
+@case("model directory rows.jsonl is a file", "give the directory of a checkpoint")
+def file_as_model(lab: Lab) -> Words:
+    return lab.sft(model="rows.jsonl")
+
+
+@case("model directory m has no config.json", "give the directory of a Hugging Face checkpoint")
+def no_config(lab: Lab) -> Words:
+    (lab.model / "config.json").unlink()
+    return lab.sft()
+
+
+@case("model directory run/checkpoint-4 has no config.json", "give it with --adapters")
+def adapter_as_model(lab: Lab) -> Words:
+    lab.copy("run")
+    return lab.sft(model="run/checkpoint-4")
+
+
+@case("m/model.safetensors is truncated or corrupt", "it has 777756 bytes, its header describes 777856", "download or copy it again")
+def truncated_weights(lab: Lab) -> Words:
+    path = lab.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return lab.sft()
+
+
+@case("m/model.safetensors is truncated or corrupt", "do not hold its header")
+def weights_shorter_than_their_header(lab: Lab) -> Words:
+    path = lab.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    return lab.export()
+
+
+@case("m/model.safetensors is truncated or corrupt", "its header is not that of a safetensors file", "download or copy it again")
+def corrupt_header(lab: Lab) -> Words:
+    path = lab.model / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b"\xff" * 32 + data[40:])
+    return lab.sft()
+
+
+@case("m/model.safetensors is a git-lfs pointer", "git lfs pull")
+def lfs_pointer(lab: Lab) -> Words:
+    (lab.model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 777856\n")
+    return lab.sft()
+
+
+@case("names 1 absent file (model-00001-of-00002.safetensors)", "download the model again")
+def index_of_an_absent_file(lab: Lab) -> Words:
+    (lab.model / "model.safetensors").unlink()
+    (lab.model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    return lab.sft()
+
+
+@case("m/model.safetensors.index.json is not the index of a checkpoint", "download it again")
+def broken_index(lab: Lab) -> Words:
+    (lab.model / "model.safetensors").unlink()
+    (lab.model / "model.safetensors.index.json").write_text('{"weight')
+    return lab.sft()
+
+
+@case("m has its weights as pickle only (pytorch_model.bin)", "which can run code", "save it again as safetensors")
+def pickled_weights(lab: Lab) -> Words:
+    (lab.model / "model.safetensors").rename(lab.model / "pytorch_model.bin")
+    return lab.sft()
+
+
+@case("architecture Qwen2MoeForCausalLM is not supported", "nearest supported: Qwen2ForCausalLM", "take one of these")
+def unknown_architecture(lab: Lab) -> Words:
+    lab.config(architectures=["Qwen2MoeForCausalLM"])
+    return lab.sft()
+
+
+@case("architectures None", "wanted a list with one of LlamaForCausalLM", "mend it")
+def no_architecture(lab: Lab) -> Words:
+    lab.config(architectures=None)
+    return lab.sft()
+
+
+@case("m/config.json is not JSON", "line 1 column 20", "download or copy it again")
+def broken_config(lab: Lab) -> Words:
+    (lab.model / "config.json").write_text('{"architectures": ["Llama')
+    return lab.sft()
+
+
+@case("m/config.json holds a list", "wanted a JSON object")
+def config_of_another_kind(lab: Lab) -> Words:
+    (lab.model / "config.json").write_text("[]")
+    return lab.export()
+
+
+@case("m has no tokenizer", "tokenizer.json or", "download them too")
+def missing_tokenizer(lab: Lab) -> Words:
+    (lab.model / "tokenizer.json").unlink()
+    return lab.sft()
+
+
+@case("m is in float16", "wanted bfloat16 or float32", "give --torch_dtype")
+def half_precision(lab: Lab) -> Words:
+    lab.config(dtype="float16")
+    words = lab.sft()
+    at = words.index("--torch_dtype")
+    return words[:at] + words[at + 2 :]
+
+
+# Command lines and files of flags
+
+
+@case("--learning_rat is not a flag of mswift sft", "did you mean --learning_rate?")
+def unknown_flag(lab: Lab) -> Words:
+    return lab.sft("--learning_rat", "1")
+
+
+@case("'sftt' is not a verb", "did you mean mswift sft?")
+def unknown_verb(lab: Lab) -> Words:
+    return ["sftt"]
+
+
+@case("--lora_rank: got 'many', wanted a whole number, at least 1")
+def wrong_type(lab: Lab) -> Words:
+    return lab.sft("--lora_rank", "many")
+
+
+@case("--torch_dtype: float16 is not supported yet, wanted one of bfloat16, float32")
+def wrong_choice(lab: Lab) -> Words:
+    return lab.sft("--torch_dtype", "float16")
+
+
+@case("c.yaml, line 2: not YAML", "wanted lines such as 'learning_rate: 1e-4'")
+def yaml_syntax(lab: Lab) -> Words:
+    (lab.folder / "c.yaml").write_text("model: [a\ndataset: b")
+    return ["sft", "c.yaml"]
+
+
+@case("c.yaml: lora_rnk is not a flag of mswift sft", "did you mean lora_rank?")
+def yaml_unknown_key(lab: Lab) -> Words:
+    (lab.folder / "c.yaml").write_text("model: m\ndataset: d\nlora_rnk: 3")
+    return ["sft", "c.yaml"]
+
+
+@case("c.yaml: lora_rank: got 'big', wanted a whole number, at least 1")
+def yaml_wrong_type(lab: Lab) -> Words:
+    (lab.folder / "c.yaml").write_text("model: m\ndataset: d\nlora_rank: big")
+    return ["sft", "c.yaml"]
+
+
+@case("c.yaml: got ['a', 'b'], wanted flags and values such as 'learning_rate: 1e-4'")
+def yaml_list(lab: Lab) -> Words:
+    (lab.folder / "c.yaml").write_text("- a\n- b")
+    return ["sft", "c.yaml"]
+
+
+@case("c.yaml cannot be read: No such file or directory", "check its name")
+def yaml_missing(lab: Lab) -> Words:
+    return ["sft", "c.yaml"]
+
+
+# Data
+
+
+@case("absent.jsonl: no such data file or directory (looked in ", "check --dataset and --val_dataset")
+def missing_data(lab: Lab) -> Words:
+    return lab.sft(dataset="absent.jsonl")
+
+
+@case("absent.jsonl: no such data file or directory", "--val_dataset")
+def missing_validation_data(lab: Lab) -> Words:
+    return lab.sft("--val_dataset", "absent.jsonl")
+
+
+@case("a.csv: cannot read .csv files", "wanted .jsonl", "convert it")
+def data_of_another_kind(lab: Lab) -> Words:
+    (lab.folder / "a.csv").write_text("a,b\n")
+    return lab.sft(dataset="a.csv")
+
+
+@case("rows.jsonl: holds no rows", "check --dataset")
+def no_rows(lab: Lab) -> Words:
+    (lab.folder / "rows.jsonl").write_text("")
+    return lab.sft()
+
+
+@case("rows.jsonl:25: not JSON: Expecting value at column 15", "wanted one JSON object a line")
+def row_that_is_not_json(lab: Lab) -> Words:
+    lab.rows('{"messages": [}')
+    return lab.sft()
+
+
+@case("rows.jsonl:25: a row is a JSON object, got list", 'wanted something like {"messages": [...]}')
+def row_that_is_a_list(lab: Lab) -> Words:
+    lab.rows("[1, 2]")
+    return lab.sft()
+
+
+@case("1 of 25 rows cannot be used, more than 1%", "rows.jsonl:25: no assistant turn to train on, got the roles user", "add one or remove the row")
+def row_without_an_answer(lab: Lab) -> Words:
+    lab.rows('{"messages": [{"role": "user", "content": "x"}]}')
+    return lab.sft()
+
+
+@case("error: rows.jsonl:121: no assistant turn to train on", "add one or remove the row")
+def row_without_an_answer_strictly(lab: Lab) -> Words:
+    lab.rows('{"messages": [{"role": "user", "content": "x"}]}', copies=5)
+    return lab.sft("--strict", "true")
+
+
+# Layouts and processes
+
+
+@case("MLP width 48 by tp(5)", "tp5 pp1 dp1 (5 processes)", "choose sizes that divide", NPROC_PER_NODE="5")
+def layout_of_the_mlp(lab: Lab) -> Words:
+    return lab.sft("--tensor_model_parallel_size", "5")
+
+
+@case("4 layers by pp(3) x vpp(1) = 3", "tp1 pp3 dp1 (3 processes)", "choose sizes that divide", NPROC_PER_NODE="3")
+def layout_of_the_layers(lab: Lab) -> Words:
+    return lab.sft("--pipeline_model_parallel_size", "3")
+
+
+@case("tp(2) x pp(2) x cp(1) = 4 does not divide 6 process(es)", "NPROC_PER_NODE=4", NPROC_PER_NODE="6")
+def layout_of_the_world(lab: Lab) -> Words:
+    return lab.sft("--tensor_model_parallel_size", "2", "--pipeline_model_parallel_size", "2")
+
+
+@case("tp(2)", "does not divide 1 process(es)", "NPROC_PER_NODE=2")
+def too_few_processes(lab: Lab) -> Words:
+    return lab.sft("--tensor_model_parallel_size", "2")
+
+
+@case("--global_batch_size 4 is not a multiple of micro_batch_size(3) x data parallel(1) = 3", "the nearest above is 6")
+def batch_that_does_not_divide(lab: Lab) -> Words:
+    return lab.sft("--micro_batch_size", "3")
+
+
+@case("context and expert parallelism are not supported yet, got cp(2)", "use 1", NPROC_PER_NODE="2")
+def context_parallelism(lab: Lab) -> Words:
+    return lab.sft("--context_parallel_size", "2")
+
+
+@case("RANK is 'x' in the environment, wanted a whole number", RANK="x")
+def rank_that_is_no_number(lab: Lab) -> Words:
+    return lab.sft()
+
+
+@case("NPROC_PER_NODE is 'two' in the environment, wanted a whole number of at least 1", NPROC_PER_NODE="two")
+def processes_that_are_no_number(lab: Lab) -> Words:
+    return lab.sft()
+
+
+# Output folders and adapters
+
+
+@case("--output_dir run holds another run (checkpoint-2, checkpoint-4, args.json)", "--resume_from_checkpoint auto", "--overwrite_output_dir true")
+def folder_of_another_run(lab: Lab) -> Words:
+    lab.copy("run")
+    return lab.sft(output="run")
+
+
+@case("--output_dir out is a file", "give a folder")
+def file_as_output(lab: Lab) -> Words:
+    (lab.folder / "out").write_text("mine")
+    return lab.sft()
+
+
+@case("--output_dir f/out:", "f is not a folder", "give another place")
+def output_below_a_file(lab: Lab) -> Words:
+    (lab.folder / "f").write_text("mine")
+    return lab.sft(output="f/out")
+
+
+@case("--output_dir /proc/out: /proc cannot be written to", "give another folder")
+def output_that_cannot_be_written(lab: Lab) -> Words:
+    return lab.sft(output="/proc/out")
+
+
+@case("adapter directory absent does not exist", "adapter_config.json and adapter_model.safetensors")
+def missing_adapter(lab: Lab) -> Words:
+    return lab.sft("--adapters", "absent")
+
+
+@case("adapter directory absent does not exist")
+def missing_adapter_of_an_export(lab: Lab) -> Words:
+    return lab.export(adapter="absent")
+
+
+@case("run/checkpoint-4/adapter_model.safetensors is truncated or corrupt", "download or copy it again")
+def truncated_adapter(lab: Lab) -> Words:
+    path = lab.copy("run") / "checkpoint-4" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    return lab.export()
+
+
+@case("run/checkpoint-4/adapter_config.json is not the config of a LoRA adapter", "copy it again")
+def broken_adapter_config(lab: Lab) -> Words:
+    (lab.copy("run") / "checkpoint-4" / "adapter_config.json").write_text("{")
+    return lab.export()
+
+
+@case("--output_dir exported exists already", "give another folder, or --exist_ok true")
+def export_to_an_existing_folder(lab: Lab) -> Words:
+    (lab.folder / "exported").mkdir()
+    (lab.folder / "exported" / "thesis.txt").write_text("mine")
+    return lab.export()
+
+
+@case("exported holds something other than a model", "choose another one")
+def export_over_something_else(lab: Lab) -> Words:
+    return [*export_to_an_existing_folder(lab), "--exist_ok", "true"]
+
+
+@case("nothing to export", "give --adapters DIR", "--output_dir")
+def export_of_nothing(lab: Lab) -> Words:
+    lab.copy("m")
+    return ["export", "--model", "m"]
+
+
+# Checkpoints to go on from
+
+
+def damage(lab: Lab, name: str, keep: int) -> Words:
+    """The newest checkpoint with a file cut to `keep` bytes; without it where that is negative."""
+    path = lab.copy("run") / "checkpoint-4" / "resume" / name
+    path.unlink() if keep < 0 else path.write_bytes(path.read_bytes()[:keep])
+    return lab.sft("--resume_from_checkpoint", "auto", output="run")
+
+
+@case("--resume_from_checkpoint run/checkpoint-7: run/checkpoint-7/resume/resume.json is not there", "wanted a checkpoint-N folder")
+def resume_from_nothing(lab: Lab) -> Words:
+    return lab.sft("--resume_from_checkpoint", "run/checkpoint-7")
+
+
+@case("m/resume/resume.json is not there", "wanted a checkpoint-N folder", "the newest in run is checkpoint-4")
+def resume_from_a_model(lab: Lab) -> Words:
+    lab.copy("run")
+    return lab.sft("--resume_from_checkpoint", "m", output="run")
+
+
+@case("run/checkpoint-4 is damaged: resume/state/__0_0.distcp has 1000 bytes, wanted ", "--resume_from_checkpoint run/checkpoint-2")
+def resume_from_a_truncated_state(lab: Lab) -> Words:
+    return damage(lab, "state/__0_0.distcp", 1000)
+
+
+@case("run/checkpoint-4 is damaged: resume/state/common.pt is missing", "--resume_from_checkpoint run/checkpoint-2")
+def resume_without_a_file(lab: Lab) -> Words:
+    return damage(lab, "state/common.pt", -1)
+
+
+@case("run/checkpoint-4 is damaged: resume/resume.json is not what mswift writes", "--resume_from_checkpoint run/checkpoint-2")
+def resume_from_a_broken_document(lab: Lab) -> Words:
+    return damage(lab, "resume.json", 30)
+
+
+@case("run/checkpoint-4 was made with --lora_rank 8, got 4", "give the same, or start anew in another --output_dir")
+def resume_with_another_rank(lab: Lab) -> Words:
+    lab.copy("run")
+    return lab.sft("--resume_from_checkpoint", "auto", "--lora_rank", "4", output="run")
+
+
+@case("run/checkpoint-4 was made with --tuner_type lora, got full", "give the same")
+def resume_with_another_tuner(lab: Lab) -> Words:
+    lab.copy("run")
+    return lab.sft("--resume_from_checkpoint", "auto", "--tuner_type", "full", output="run")
+
+
+@case("run/checkpoint-4 was made with --use_distributed_optimizer false, got true", "give the same")
+def resume_with_another_optimizer(lab: Lab) -> Words:
+    lab.copy("run")
+    return lab.sft("--resume_from_checkpoint", "auto", "--use_distributed_optimizer", "true", output="run")
+
+
+@case("run/checkpoint-4 was made from another base model than --model", "give the one of its run (m)")
+def resume_with_another_model(lab: Lab) -> Words:
+    lab.copy("run")
+    weights = lab.model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    return lab.sft("--resume_from_checkpoint", "auto", output="run")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_before_torch(name: str, lab: Lab, light: Worker) -> None:
+    prepare, wanted, env = CASES[name]
+    words = prepare(lab)
+    before = contents(lab.folder)
+    outcome = light.run(words, lab.folder, **env)
+    assert_one_line(outcome, *wanted)
+    assert outcome.out == ""
+    assert contents(lab.folder) == before
+    assert not outcome.torch
+
+
+def test_the_other_worker_has_torch(lab: Lab, heavy: Worker) -> None:
+    """Or `Outcome.torch` would say nothing."""
+    outcome = heavy.run(["sftt"], lab.folder)
+    assert_one_line(outcome, "'sftt' is not a verb")
+    assert outcome.torch
