@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from mswift.launch import _report_worker, cause_of
 
-TERMINATED, KILLED = -signal.SIGTERM, -signal.SIGKILL
+TERMINATED, KILLED, LATER = -signal.SIGTERM, -signal.SIGKILL, 2**32
 
 
 def failure(folder: Path, rank: int, exit_code: int, *, said: str = "", at: int = 1) -> ProcessFailure:
@@ -30,18 +30,15 @@ def test_a_worker_that_spoke_and_was_ended_while_it_left_is_the_cause(tmp_path: 
 
 
 def test_a_worker_that_was_ended_because_of_another_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    failures = {0: failure(tmp_path, 0, TERMINATED), 2: failure(tmp_path, 2, 2, said="row 7 is bad", at=2**40)}
+    failures = {0: failure(tmp_path, 0, TERMINATED), 2: failure(tmp_path, 2, 2, said="row 7 is bad", at=LATER)}
     assert cause_of(failures)[0] == 2
     assert _report_worker(ChildFailedError("mswift", failures)) == 2
     assert capsys.readouterr().err == "error: row 7 is bad (rank 2)\n"
 
 
 def test_a_worker_that_was_killed_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    failures = {
-        0: failure(tmp_path, 0, 2, said="cannot reach rank 1", at=2**40),
-        1: failure(tmp_path, 1, KILLED),
-        2: failure(tmp_path, 2, TERMINATED),
-    }
+    spoke = failure(tmp_path, 0, 2, said="cannot reach rank 1", at=LATER)
+    failures = {0: spoke, 1: failure(tmp_path, 1, KILLED), 2: failure(tmp_path, 2, TERMINATED)}
     assert cause_of(failures)[0] == 1
     assert _report_worker(ChildFailedError("mswift", failures)) == 128 + signal.SIGKILL
     assert "rank 1 was ended by SIGKILL; the machine may be out of memory" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     check_identity(directory, IDENTITY, IDENTITY)
     with pytest.raises(CheckpointError, match=r"made from another base model than --model; give the one of its run \(base\)$"):
         check_identity(directory, IDENTITY, RunIdentity("other", "t", "d", 4, 42))
-    with pytest.raises(CheckpointError, match="other trained tensors than this run; .*--lora_rank 8 --target_modules q_proj k_proj$"):
+    with pytest.raises(CheckpointError, match=r"other trained tensors than this run; .*--lora_rank 8 --target_modules q_proj k_proj$"):
         check_identity(directory, IDENTITY, RunIdentity("m", "other", "d", 4, 42))
 
 
