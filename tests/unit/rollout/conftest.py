@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def load() -> Iterator[Callable[..., Any]]:
+def load(world_of_one: None) -> Callable[..., Any]:
     """``load(directory, adapter=None, dtype="float32")``: a MegatronModel in a world of one."""
-    import torch.distributed as dist
-
     from mswift.engines.megatron_model import BuildSettings, MegatronModel
     from mswift.parallel.groups import make_groups
     from mswift.parallel.layout import ParallelLayout
-    from mswift.runtime.device import init_processes, leave_processes, select
+    from mswift.runtime.device import select
 
     runtime = select("cpu")
-    mine = not dist.is_initialized()
-    init_processes(runtime)
     groups = make_groups(ParallelLayout())
 
     def load_model(directory: Path, adapter: Path | None = None, dtype: str = "float32") -> MegatronModel:
@@ -38,9 +34,7 @@ def load() -> Iterator[Callable[..., Any]]:
             model.load_adapter(adapter)
         return model
 
-    yield load_model
-    if mine:
-        leave_processes()
+    return load_model
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from mswift.errors import ConfigError, LaunchError
 from mswift.runtime import cpu
 from mswift.runtime.precision import needs_wide, widen
 from tests.distributed.harness import run_distributed
-from tests.distributed.runs import Run, open_batches, open_engine, train
+from tests.distributed.runs import Run, open_batches, open_engine, open_model, train
 from tests.tiny import make_checkpoint, write_rows
 
 SITES = Path(__file__).with_name("served_sites.txt")
@@ -123,6 +123,18 @@ def served(rank: int, world: int, run: Run) -> set[tuple[str, str]]:
     return sites
 
 
+def served_answering(rank: int, world: int, run: Run) -> set[tuple[str, str]]:
+    from transformers import AutoTokenizer
+
+    from mswift.rollout.generate import Generator
+    from mswift.rollout.settings import GenerationSettings
+
+    with cpu.record_sites() as sites:
+        generator = Generator(open_model(run, world), AutoTokenizer.from_pretrained(run.checkpoint))
+        generator.generate([[5, 6, 7], [8, 9]], GenerationSettings(max_new_tokens=3))
+    return sites
+
+
 def _round_trip(engine: object) -> dict:
     import tempfile
 
@@ -132,24 +144,26 @@ def _round_trip(engine: object) -> dict:
 
     name = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(name)
-    save_state(engine.sharded_state(loading=False), Path(name[0]))  # type: ignore[attr-defined]
-    return load_state(engine.sharded_state(loading=True), Path(name[0]))  # type: ignore[attr-defined]
+    save_state(engine.sharded_state(loading=False), Path(name[0]) / "state", "saving")  # type: ignore[attr-defined]
+    return load_state(engine.sharded_state(loading=True), Path(name[0]) / "state")  # type: ignore[attr-defined]
 
 
 def serve_everything(folder: Path) -> list[str]:
-    """Runs that between them use all that `mswift sft` uses of megatron-core; what they were served, one line each."""
+    """Runs that between them use all that training and answering use of megatron-core; what they were served, one line each."""
     model, rows = make_checkpoint(folder / "model"), write_rows(folder / "rows.jsonl")
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     sites: set[tuple[str, str]] = set()
     runs = [
         (2, Run(model, rows, tp=2, sequence_parallel=True, dtype="bfloat16", transformer=recompute)),
+        (2, Run(model, rows, pp=2)),
         (2, Run(model, rows, pp=2, vpp=2)),
         (2, Run(model, rows, distributed_optimizer=True)),
         (1, Run(model, rows, lora={"rank": 2})),
     ]
     for world, run in runs:
-        for part in run_distributed(served, world, run, timeout=120):
-            sites |= part
+        sites = sites.union(*run_distributed(served, world, run, timeout=120))
+    for run in (Run(model, tp=2), Run(model, pp=2)):
+        sites = sites.union(*run_distributed(served_answering, 2, run, timeout=120))
     return sorted(f"{what}\t{where}" for what, where in sites)
 
 

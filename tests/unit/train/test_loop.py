@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from mswift.data.batches import Batches, MicroBatch
 from mswift.engines.base import StepResult
@@ -83,11 +82,7 @@ class Witness(Callback):
         self.events.append("end")
 
 
-@pytest.fixture(autouse=True)
-def world_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 def make_loop(tmp_path: Path, engine: CountingEngine, callbacks: list[Callback], **changes: Any) -> tuple[TrainLoop, TrainState]:
