@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = Path("examples/data/heldout.jsonl")
 STEPS = 5
 WIDTHS = (24, 35, 35)
-PROGRAMS = {"python": [sys.executable], "mswift": [sys.executable, "-m", "mswift"]}
+PROGRAMS = {"python": [sys.executable], "mswift": [sys.executable, "-m", "mswift.cli"]}
 
 
 class StepError(Exception):

@@ -45,7 +45,7 @@ VERBS: dict[str, Verb] = {
         "Talk to a model, or answer the rows of a file",
         "mswift.commands.infer:infer",
         "--adapters output/Qwen2.5-0.5B-Instruct",
-        "mswift.commands.session:check",
+        "mswift.commands.infer:check",
     ),
     "export": Verb(
         "Write a model in another form",

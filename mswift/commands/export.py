@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mswift.commands import session as sessions
-from mswift.commands.session import check_writable, find_model, load_model, open_session
+from mswift.commands.session import check_writable, find_adapter, find_model, load_model, open_session
 from mswift.config import ExportConfig
 from mswift.errors import ConfigError
 from mswift.log import get_logger, is_main_process, progress_bar
@@ -20,7 +20,7 @@ def check(config: ExportConfig, world: int) -> None:
         MswiftError: model, layout, adapter or target are missing, damaged or do not fit.
     """
     sessions.check(config, world)
-    _target(config, _only(config.export.adapters))
+    _target(config, find_adapter(config.export.adapters))
 
 
 def export(config: ExportConfig) -> None:
@@ -30,7 +30,7 @@ def export(config: ExportConfig) -> None:
         MswiftError: nothing to do, a model or adapter that cannot be read, or a target that exists.
     """
     settings = config.export
-    adapter = _only(settings.adapters)
+    adapter = find_adapter(settings.adapters)
     target = _target(config, adapter)
     directory = find_model(config.model)
     with open_session(directory, config.parallel, config.runtime) as session:
@@ -49,18 +49,6 @@ def export(config: ExportConfig) -> None:
         logger.info(done)
         flag = "--adapters" if adapter is not None and not settings.merge_lora else "--model"
         print(f"talk to it: mswift infer {flag} {target}")
-
-
-def _only(adapters: list[str]) -> Path | None:
-    from mswift.conversion.directories import read_adapter_config
-
-    if len(adapters) > 1:
-        raise ConfigError(f"--adapters: got {len(adapters)}, wanted one; export them one by one")
-    if not adapters:
-        return None
-    adapter = Path(adapters[0]).expanduser()
-    read_adapter_config(adapter)
-    return adapter
 
 
 def _target(config: ExportConfig, adapter: Path | None) -> Path:

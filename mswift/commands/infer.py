@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mswift.commands.session import Session, find_model, load_model, make_template, open_session
+from mswift.commands import session as sessions
+from mswift.commands.session import Session, find_adapter, find_model, load_model, make_template, open_session
 from mswift.config import InferConfig
 from mswift.errors import ConfigError
 from mswift.log import get_logger, is_main_process, progress_bar
@@ -24,13 +25,28 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
+def check(config: InferConfig, world: int) -> None:
+    """Find what can be found without torch, before any of the `world` processes is started; writes nothing.
+
+    Raises:
+        MswiftError: model, layout, adapter or data files are missing, damaged or do not fit.
+    """
+    from mswift.data import check_sources
+
+    sessions.check(config, world)
+    adapter = find_adapter(config.infer.adapters)
+    if config.data.val_dataset:
+        check_sources(config.data.val_dataset, use_hf=config.model.use_hf)
+        _result_path(config, adapter)
+
+
 def infer(config: InferConfig) -> None:
     """Answer the rows of ``--val_dataset``, or without any what the user writes. Runs on every process.
 
     Raises:
         MswiftError: anything that the user can put right, before a file is written wherever that can be known.
     """
-    adapter = _find_adapter(config.infer.adapters)
+    adapter = find_adapter(config.infer.adapters)
     rows = _read_rows(config)
     result_path = _result_path(config, adapter) if rows is not None else None
     directory = find_model(config.model)
@@ -46,26 +62,6 @@ def infer(config: InferConfig) -> None:
             _converse(config, session, generator, encoder, settings)
         else:
             _answer(config, session, generator, questions, settings, result_path)
-
-
-def _find_adapter(adapters: list[str]) -> Path | None:
-    """The PEFT directory: the given one, or the newest checkpoint of a run folder.
-
-    Raises:
-        ConfigError: several adapters. ModelError: no adapter there.
-    """
-    from mswift.conversion.peft_io import CONFIG_FILE, read_peft
-    from mswift.train.checkpoint import list_checkpoints
-
-    if not adapters:
-        return None
-    if len(adapters) > 1:
-        raise ConfigError(f"--adapters: got {len(adapters)} adapters, wanted one; more at a time are not supported yet")
-    path = Path(adapters[0]).expanduser()
-    checkpoints = [] if (path / CONFIG_FILE).exists() else list_checkpoints(path)
-    path = checkpoints[-1] if checkpoints else path
-    read_peft(path)
-    return path
 
 
 def _read_rows(config: InferConfig) -> list[Row] | None:

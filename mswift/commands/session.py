@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mswift.config import Config, ExportConfig, ModelSection, ParallelSection, RuntimeSection, TemplateSection
-from mswift.conversion.directories import check_tokenizer, read_json
+from mswift.conversion.directories import ADAPTER_CONFIG_FILE, check_tokenizer, read_adapter_config, read_json
 from mswift.errors import ConfigError, ModelError, one_line
 from mswift.parallel.layout import ParallelLayout
 
@@ -88,6 +88,25 @@ def check_model(directory: Path, model: ModelSection) -> dict[str, Any]:
     find_family(config.get("architectures"), str(directory))
     choose_dtype(model.torch_dtype, config.get("dtype") or config.get("torch_dtype"), str(directory))
     return {"num_layers": config.get("num_hidden_layers"), "ffn_size": config.get("intermediate_size")}
+
+
+def find_adapter(adapters: Sequence[str]) -> Path | None:
+    """The PEFT directory of ``--adapters``: the given one, or the newest checkpoint of a run folder. Needs no torch.
+
+    Raises:
+        ConfigError: several adapters. ModelError: no adapter there, or a damaged one.
+    """
+    from mswift.train.folders import list_checkpoints
+
+    if not adapters:
+        return None
+    if len(adapters) > 1:
+        raise ConfigError(f"--adapters: got {len(adapters)} adapters, wanted one; more at a time are not supported yet")
+    path = Path(adapters[0]).expanduser()
+    checkpoints = [] if (path / ADAPTER_CONFIG_FILE).exists() else list_checkpoints(path)
+    path = checkpoints[-1] if checkpoints else path
+    read_adapter_config(path)
+    return path
 
 
 def check_writable(folder: Path, flag: str) -> None:

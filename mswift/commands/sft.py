@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mswift.commands import session as sessions
-from mswift.commands.session import Session, check_writable, find_model, load_model, make_template, open_session, shared
+from mswift.commands.session import Session, check_writable, find_adapter, find_model, load_model, make_template, open_session, shared
 from mswift.config import SftConfig, format_table
 from mswift.errors import CheckpointError, ConfigError, one_line
 from mswift.log import get_logger, is_main_process, progress_bar
@@ -82,12 +82,10 @@ def _check_files(config: SftConfig, output_dir: Path) -> Path | None:
     Raises:
         MswiftError: a data file, an adapter or a checkpoint is missing or damaged, or the output folder cannot be used.
     """
-    from mswift.conversion.directories import read_adapter_config
     from mswift.data import check_sources
 
     check_sources([*config.data.dataset, *config.data.val_dataset], use_hf=config.model.use_hf)
-    for adapter in config.tuner.adapters:
-        read_adapter_config(Path(adapter).expanduser())
+    find_adapter(config.tuner.adapters)
     return _check_output(config, output_dir)
 
 
@@ -159,8 +157,9 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
     if train.recompute_granularity == "full":
         recompute |= {"recompute_method": train.recompute_method, "recompute_num_layers": train.recompute_num_layers}
     model = load_model(session, config.model, config.parallel, **recompute)
-    if tuner.adapters:
-        model.load_adapter(Path(tuner.adapters[0]).expanduser(), dropout=tuner.lora_dropout)
+    adapter = find_adapter(tuner.adapters)
+    if adapter is not None:
+        model.load_adapter(adapter, dropout=tuner.lora_dropout)
     elif tuner.tuner_type == "lora":
         model.add_lora(
             LoraSettings(
@@ -258,6 +257,8 @@ def _prepare_output(config: SftConfig, output_dir: Path, *, keep_report: bool) -
     def write() -> None:
         if config.save.overwrite_output_dir:
             _remove_old_run(output_dir, keep=REPORT_NAME if keep_report else "")
+        for path in output_dir.glob(".checkpoint-*.incomplete"):  # of a run that was killed while it saved
+            shutil.rmtree(path)
         output_dir.mkdir(parents=True, exist_ok=True)
         _write_args(config, output_dir)
 
@@ -323,7 +324,11 @@ def _train(
     loop = TrainLoop(
         engine, SupervisedObjective(), batches, schedule, settings, eval_batches=eval_batches, save=save, callbacks=_callbacks(config, output_dir)
     )
-    logger.info("training: %d steps of %d rows; ready after %.1f s", total, batches.global_batch_size, time.perf_counter() - started)
+    ready = time.perf_counter() - started
+    if start < total:
+        logger.info("training: %d steps of %d rows; ready after %.1f s", total, batches.global_batch_size, ready)
+    else:
+        logger.info("nothing to train: checkpoint-%d has all %d steps; more come with a larger --max_steps or --num_train_epochs", start, total)
     try:
         loop.run(state)
     except OSError as error:  # the files of the log; those of a checkpoint have an error of their own

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from mswift.errors import DataError
 from mswift.log import get_logger
@@ -180,7 +180,7 @@ class ChatTemplate:
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.template_text, **self._kwargs, **kwargs)
         except _REFUSALS as error:
-            raise _refused(messages, error) from error
+            raise _refused(self.tokenizer, messages, error) from error
 
     def _probe(self) -> tuple[_TurnEnd, str]:
         """Renders one-turn conversations that differ in the answer alone: what is written after it, and what the prompt opens before it."""
@@ -282,7 +282,7 @@ class ChatTemplate:
                 **{**self.tokenizer.special_tokens_map, **self._kwargs},
             )
         except _REFUSALS as error:
-            raise _refused(messages, error) from error
+            raise _refused(self.tokenizer, messages, error) from error
         assistants = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
         if len(blocks[0]) != len(assistants):
             return None
@@ -362,7 +362,12 @@ class ChatTemplate:
         return Encoded(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer))
 
 
-def _refused(messages: Sequence[Message], error: Exception) -> DataError:
+def _refused(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], error: Exception) -> DataError:
+    if isinstance(error, TemplateSyntaxError):
+        where = "chat_template.jinja (or tokenizer_config.json)"
+        return DataError(
+            f"the chat template of {_name(tokenizer)} is broken at line {error.lineno}: {_one_line(str(error.message))}; mend it in its {where}"
+        )
     roles = ", ".join(str(message.get("role")) for message in messages) or "(none)"
     return DataError(f"the chat template refused a conversation with the roles {roles}: {_one_line(str(error))}")
 

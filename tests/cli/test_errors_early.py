@@ -331,6 +331,22 @@ def missing_adapter_of_an_export(lab: Lab) -> Words:
     return lab.export(adapter="absent")
 
 
+@case("adapter directory absent does not exist")
+def missing_adapter_of_a_conversation(lab: Lab) -> Words:
+    return ["infer", "--model", lab.model.name, "--adapters", "absent"]
+
+
+@case("absent.jsonl: no such data file or directory", "check --dataset and --val_dataset")
+def missing_questions(lab: Lab) -> Words:
+    return ["infer", "--model", lab.model.name, "--val_dataset", "absent.jsonl"]
+
+
+@case("--result_path rows.jsonl exists already", "remove it or give another file")
+def answers_over_a_file(lab: Lab) -> Words:
+    lab.copy("rows.jsonl")
+    return ["infer", "--model", lab.model.name, "--val_dataset", "rows.jsonl", "--result_path", "rows.jsonl"]
+
+
 @case("run/checkpoint-4/adapter_model.safetensors is truncated or corrupt", "download or copy it again")
 def truncated_adapter(lab: Lab) -> Words:
     path = lab.copy("run") / "checkpoint-4" / "adapter_model.safetensors"

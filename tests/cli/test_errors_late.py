@@ -91,6 +91,12 @@ def missing_template(lab: Lab) -> Words:
     return lab.sft()
 
 
+@case("the chat template of m is broken at line 2: ", "mend it in its chat_template.jinja (or tokenizer_config.json)")
+def broken_template(lab: Lab) -> Words:
+    (lab.model / "chat_template.jinja").write_text("{% for message in messages %}\n{{ message['content'] }\n{% endfor %}")
+    return lab.sft()
+
+
 @case("--device cuda: torch finds no CUDA device here", "use --device cpu")
 def no_gpu(lab: Lab) -> Words:
     import torch

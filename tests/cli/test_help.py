@@ -20,7 +20,7 @@ HEAVY = {"torch", "transformers", "numpy", "rich", "megatron", "datasets", "matp
 
 def program(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run([sys.executable, "-m", "mswift", *words], env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-m", "mswift.cli", *words], env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -109,7 +109,7 @@ def test_the_real_program() -> None:
 def test_help_into_a_closed_pipe_is_quiet() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        f"{sys.executable} -m mswift sft --help | true", shell=True, env=env, capture_output=True, text=True, timeout=60, check=False
+        f"{sys.executable} -m mswift.cli sft --help | true", shell=True, env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stderr == ""
     assert done.returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 from mswift import cli
-from mswift.commands.infer import _check_replicas, _find_adapter, _questions, _read_rows, _settings
-from mswift.commands.session import Session, make_template
+from mswift.commands.infer import _check_replicas, _questions, _read_rows, _settings
+from mswift.commands.session import Session, find_adapter, make_template
 from mswift.config import InferConfig, read_command
 from mswift.errors import ConfigError, DataError
 from mswift.parallel.groups import Groups
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapted = get_peft_model(make_model(), LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
+            if "lora_" in name:  # peft draws A from the global generator: another adapter in every run
                 parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(len(name)))
     adapted.save_pretrained(folder / "adapter")
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -77,7 +78,7 @@ def test_a_conversation_of_one_process_and_of_two(folder: Path) -> None:
     typed = "who are you\nclear\nwho are you\ntell me more\nreset-system\nI am a bird\nwho are you\nquit\nnever answered\n"
     flags = ("--adapters", folder / "adapter", "--max_new_tokens", 6, "--temperature", "0.9", "--seed", 3)
     out, err = infer(*flags, typed=typed)
-    assert any(out[:end] == out[end : 2 * end] for end in range(2, len(out) // 2)), "after clear the answer is the first one again"
+    assert any(out[:end] == out[end : 2 * end] for end in range(2, len(out) // 2 + 1)), "after clear the answer is the first one again"
     assert f"model {folder / 'model'}" in err
     assert "float32 on cpu" in err
     assert "temperature 0.9" in err
@@ -94,8 +95,7 @@ def test_rows_are_answered_into_a_file(folder: Path, tmp_path: Path) -> None:
     flags = ("--val_dataset", rows, "--max_new_tokens", 6)
     out, _ = infer(*flags, "--adapters", folder / "adapter")
     (default,) = (folder / "adapter" / "infer_result").glob("*.jsonl")
-    assert out.startswith(f"5 of 5 answers in {default}; 30 tokens in ")
-    assert out.endswith("tokens/s\n")
+    assert re.fullmatch(rf"5 of 5 answers in {re.escape(str(default))}; \d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n", out)
     lines = lines_of(default)
     assert [line["id"] for line in lines] == [0, 1, 2, 3, 4]
     for line, row in zip(lines, lines_of(rows), strict=True):
@@ -187,9 +187,9 @@ def test_the_newest_checkpoint_of_a_run_answers(folder: Path, tmp_path: Path) ->
         checkpoint = shutil.copytree(folder / "adapter", tmp_path / "run" / f"checkpoint-{step}")
         (checkpoint / RESUME_DIR).mkdir()
         (checkpoint / RESUME_DIR / RESUME_FILE).touch()
-    assert _find_adapter([str(tmp_path / "run")]) == tmp_path / "run" / "checkpoint-10"
-    assert _find_adapter([str(tmp_path / "run" / "checkpoint-9")]) == tmp_path / "run" / "checkpoint-9"
-    assert _find_adapter([]) is None
+    assert find_adapter([str(tmp_path / "run")]) == tmp_path / "run" / "checkpoint-10"
+    assert find_adapter([str(tmp_path / "run" / "checkpoint-9")]) == tmp_path / "run" / "checkpoint-9"
+    assert find_adapter([]) is None
 
 
 def test_a_conversation_has_one_copy_of_the_model(folder: Path) -> None:

@@ -64,6 +64,7 @@ def test_resume_after_kill(extra: tuple[str, ...], tmp_path: Path) -> None:
     process.communicate()
     done = sorted(path.name for path in broken.glob("checkpoint-*"))
     assert "checkpoint-12" not in done, "the run was over before it was killed"
+    (broken / ".checkpoint-6.incomplete").mkdir(exist_ok=True)  # as if it had been killed while it saved
 
     again = subprocess.run(
         command(model, rows, broken, *extra, "--resume_from_checkpoint", "auto"),
@@ -76,3 +77,4 @@ def test_resume_after_kill(extra: tuple[str, ...], tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "steps are done" in again.stderr
     assert losses(broken) == expected
+    assert not list(broken.glob(".*"))

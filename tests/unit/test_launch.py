@@ -253,7 +253,9 @@ def start(folder: Path, case: str) -> subprocess.Popen[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "NNODES", "NODE_RANK", "RANK", "WORLD"))}
     env = {**clean, "PYTHONPATH": f"{folder}{os.pathsep}{root}", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
     argv = ["sft", "--model", "m", "--dataset", "d", "--system", case, "--output_dir", str(folder)]
-    return subprocess.Popen([sys.executable, "-m", "mswift", *argv], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "mswift.cli", *argv], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize(
