@@ -46,7 +46,7 @@ class _LoraLinear(torch.autograd.Function):
         lora_b: Tensor,
         scale: float,
         dropout: tuple[float, int, int, int],
-        groups: tuple[dist.ProcessGroup | None, ...],
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
         flat = widen(x.reshape(-1, x.shape[-1]))
         wide_weight = widen(weight)
@@ -55,7 +55,7 @@ class _LoraLinear(torch.autograd.Function):
         down = torch.mm(flat if mask is None else flat * mask, widen(lora_a).t())
         output.addmm_(down, widen(lora_b).t(), alpha=scale)
         ctx.save_for_backward(x, weight, lora_a, lora_b, down)
-        ctx.scale, ctx.dropout, ctx.groups = scale, dropout, groups
+        ctx.scale, ctx.dropout, ctx.group = scale, dropout, group
         ctx.needs_bias = bias is not None and bias.requires_grad
         return output.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -65,9 +65,7 @@ class _LoraLinear(torch.autograd.Function):
         flat, grad_output = widen(x.reshape(-1, x.shape[-1])), widen(grads[0].reshape(-1, weight.shape[0]))
         mask = _mask_of(flat, ctx.dropout)
         grad_down = torch.mm(grad_output, widen(lora_b)).mul_(ctx.scale)
-        grad_b = torch.mm(grad_output.t(), down).mul_(ctx.scale).to(lora_b.dtype)
-        grad_a = torch.mm(grad_down.t(), flat if mask is None else flat * mask).to(lora_a.dtype)
-        grad_x = None
+        grad_x, sent = None, None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_output, widen(weight))
             if mask is None:
@@ -75,10 +73,13 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 grad_x.addcmul_(torch.mm(grad_down, widen(lora_a)), mask)
             grad_x = grad_x.to(x.dtype).view(x.shape)
-        for gradient, group in zip((grad_x, grad_a, grad_b), ctx.groups, strict=True):
-            if gradient is not None and group is not None and group.size() > 1:
-                dist.all_reduce(gradient, group=group)
+            if ctx.group is not None and ctx.group.size() > 1:
+                sent = dist.all_reduce(grad_x, group=ctx.group, async_op=True)  # under way while the adapter's gradients are computed
+        grad_b = torch.mm(grad_output.t(), down).mul_(ctx.scale).to(lora_b.dtype)
+        grad_a = torch.mm(grad_down.t(), flat if mask is None else flat * mask).to(lora_a.dtype)
         grad_bias = grad_output.sum(0).to(grads[0].dtype) if ctx.needs_bias else None
+        if sent is not None:
+            sent.wait()
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
 
 
@@ -94,9 +95,7 @@ def lora_linear(
     seed: int = 0,
     first_column: int = 0,
     full_width: int | None = None,
-    x_group: dist.ProcessGroup | None = None,
-    a_group: dist.ProcessGroup | None = None,
-    b_group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias + scale * (dropout(x) @ lora_a.T) @ lora_b.T``; `weight` is frozen and gets no gradient.
 
@@ -105,11 +104,12 @@ def lora_linear(
         scale: factor of the adapter. dropout_p: rate in [0, 1). seed: names the dropout mask.
         first_column, full_width: where `x` lies in the whole activation if only some of its columns are here (row-parallel input);
             columns at or beyond the full width are zeros (padded heads).
-        x_group, a_group, b_group: sum the gradient of `x`, `lora_a`, `lora_b` over these ranks. A column-parallel layer needs the first
-            two (each rank sees its part of the output), a row-parallel one the last (each rank sees its part of the input).
+        group: sum the gradient of `x` over these ranks, as a column-parallel layer needs it (each rank sees its part of the output).
 
     Returns:
-        ``[..., out]`` of the dtype of `x`. For a row-parallel layer this is a partial sum: the caller reduces it.
+        ``[..., out]`` of the dtype of `x`. For a row-parallel layer this is a partial sum: the caller reduces it. The gradient of the factor
+        that every rank holds whole (`lora_a` of a column-parallel layer, `lora_b` of a row-parallel one) is a partial sum as well; it is
+        best reduced once a step, for all layers together.
     """
     dropout = (dropout_p, seed, first_column, x.shape[-1] if full_width is None else full_width)
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout, (x_group, a_group, b_group))
+    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout, group)

@@ -114,6 +114,11 @@ class LoraLinear(nn.Module):
         set_tensor_model_parallel_attributes(self.lora_b if kind == "column" else self.lora_a, True, 0 if kind == "column" else 1, 1)
         self._initialise(settings)
 
+    @property
+    def shared_factor(self) -> nn.Parameter:
+        """The factor that every tensor-parallel rank holds whole, and whose gradient is a partial sum on each of them."""
+        return self.lora_a if self.kind == "column" else self.lora_b
+
     def _initialise(self, settings: LoraSettings) -> None:
         """Kaiming-uniform A (bound 1/sqrt(in), as PEFT), drawn whole from the layer's name and cut: the same values in every layout."""
         group = self.base_layer.tp_group
@@ -135,11 +140,11 @@ class LoraLinear(nn.Module):
             if base.sequence_parallel:
                 x = gather_from_sequence_parallel_region(x, group=group)
             bias = None if base.skip_bias_add else base.bias
-            x_group = None if base.sequence_parallel else group
-            output = lora_linear(x, base.weight, bias, self.lora_a, self.lora_b, x_group=x_group, a_group=group, **common)
+            x_group = None if base.sequence_parallel else group  # the gather's backward pass adds the parts
+            output = lora_linear(x, base.weight, bias, self.lora_a, self.lora_b, group=x_group, **common)
             return output, base.bias if base.skip_bias_add else None
         columns: dict[str, Any] = {"first_column": x.shape[-1] * group.rank(), "full_width": self.width}
-        output = lora_linear(x, base.weight, None, self.lora_a, self.lora_b, b_group=group, **columns, **common)
+        output = lora_linear(x, base.weight, None, self.lora_a, self.lora_b, **columns, **common)
         reduce = reduce_scatter_to_sequence_parallel_region if base.sequence_parallel else reduce_from_tensor_model_parallel_region
         output = reduce(output, group=group)
         if base.skip_bias_add:

@@ -154,12 +154,12 @@ def _parallel(rank: int, world: int, kind: str) -> tuple[Tensor, dict[str, Tenso
         tensors[name] = tensors[name].detach().chunk(world, dim)[rank].contiguous().requires_grad_(needed)
     common = {"scale": SCALE, "dropout_p": DROPOUT, "seed": SEED}
     if kind == "column":
-        output = lora_linear(**tensors, **common, x_group=group, a_group=group)
+        output = lora_linear(**tensors, **common, group=group)
         upstream = torch.linspace(-1, 1, SIZES["tokens"] * SIZES["out"], dtype=torch.float64).view(SIZES["tokens"], -1).chunk(world, 1)[rank]
         names = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
         return output.detach(), dict(zip(names, torch.autograd.grad(output, [tensors[name] for name in names], upstream)))
     part = SIZES["into"] // world
-    output = lora_linear(**tensors, **common, first_column=rank * part, full_width=SIZES["into"], b_group=group)
+    output = lora_linear(**tensors, **common, first_column=rank * part, full_width=SIZES["into"])
     return output.detach(), gradients(output, tensors)
 
 
@@ -173,8 +173,14 @@ def test_column_and_row_parallel(kind: str, world: int) -> None:
     outputs = [output for output, _ in ranks]
     torch.testing.assert_close(torch.cat(outputs, 1) if kind == "column" else torch.stack(outputs).sum(0), expected)
     dims = {"column": {"lora_b": 0}, "row": {"x": 1, "lora_a": 1}}[kind]
+    partial = {"column": "lora_a", "row": "lora_b"}[kind]
     for name, gradient in gradients(expected, tensors).items():
         parts = [found[name] for _, found in ranks]
-        whole = torch.cat(parts, dims[name]) if name in dims else parts[0]
-        assert name in dims or all(torch.equal(part, parts[0]) for part in parts)
+        if name in dims:
+            whole = torch.cat(parts, dims[name])
+        elif name == partial:
+            whole = torch.stack(parts).sum(0)
+        else:
+            whole = parts[0]
+            assert all(torch.equal(part, whole) for part in parts), "it was summed over the ranks"
         torch.testing.assert_close(whole, gradient)
