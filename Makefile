@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+VLLM := .venv-vllm
 LOG := $(VENV)/setup.log
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -48,8 +49,14 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: lint
+test-all: lint $(VLLM)/.set-up
 	$(BIN)/python -m pytest
+
+$(VLLM)/.set-up: tests/vllm.lock
+	@echo "[setup] $(VLLM)/: vLLM for CPU, which a slow test serves an export with; some minutes"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/pip install --quiet --no-deps -r tests/vllm.lock
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
