@@ -34,16 +34,18 @@ DIMENSIONS: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+WITHOUT_HEAD_DIM = ("qwen2", "phi3")
+"""Families whose heads are as wide as the hidden size over their number."""
 
 
 def config_of(kind: str, **changes: Any) -> Any:
-    """A tiny transformers config: ``llama``, ``qwen2`` or ``qwen3``."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    """A tiny transformers config of a family (its ``model_type``)."""
+    from transformers import AutoConfig
 
     dimensions = {**DIMENSIONS, **changes}
-    if kind == "qwen2":  # has no head_dim of its own
+    if kind in WITHOUT_HEAD_DIM:
         dimensions = {**dimensions, "hidden_size": dimensions["num_attention_heads"] * dimensions.pop("head_dim")}
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](**dimensions)
+    return AutoConfig.for_model(kind, **dimensions)
 
 
 def make_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

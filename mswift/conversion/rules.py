@@ -109,7 +109,8 @@ class FusedQKV(Rule):
     """Query, key and value projections in megatron's order: per query group ``[its query heads; its key head; its value head]``.
 
     Args:
-        q, k, v: HF names; rows are ``num_groups * heads_per_group * head_dim`` for q and ``num_groups * head_dim`` for k and v.
+        q, k, v: HF names; rows are ``num_groups * heads_per_group * head_dim`` for q and ``num_groups * head_dim`` for k and v. Three times
+            the same name: one tensor ``[all of q; all of k; all of v]``.
         num_groups: key/value heads. heads_per_group: query heads that share one. head_dim: rows a head.
         padded_groups: groups that megatron's parameter has, zeros from ``num_groups`` on; None: no padding.
     """
@@ -123,8 +124,13 @@ class FusedQKV(Rule):
     padded_groups: int | None = None
 
     @property
+    def packed(self) -> bool:
+        """Whether q, k and v are one HF tensor."""
+        return self.q == self.k
+
+    @property
     def sources(self) -> tuple[str, ...]:
-        return (self.q, self.k, self.v)
+        return (self.q,) if self.packed else (self.q, self.k, self.v)
 
     @property
     def _padding_rows(self) -> int:
@@ -135,18 +141,26 @@ class FusedQKV(Rule):
         q_rows = kv_rows * self.heads_per_group
         self._rows(target_shape, q_rows + 2 * kv_rows + self._padding_rows)
         rest = target_shape[1:]
+        if self.packed:
+            return {self.q: (q_rows + 2 * kv_rows, *rest)}
         return {self.q: (q_rows, *rest), self.k: (kv_rows, *rest), self.v: (kv_rows, *rest)}
 
     def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
         q_step, kv_step = self.heads_per_group * self.head_dim, self.head_dim
-        steps = ((self.q, q_step), (self.k, kv_step), (self.v, kv_step))
-        real = [Piece(name, group * step, (group + 1) * step) for group in range(self.num_groups) for name, step in steps]
+        kv_rows = self.num_groups * kv_step
+        offsets = (0, q_step * self.num_groups, q_step * self.num_groups + kv_rows) if self.packed else (0, 0, 0)
+        steps = tuple(zip((self.q, self.k, self.v), (q_step, kv_step, kv_step), offsets, strict=True))
+        real = [Piece(name, at + group * step, at + (group + 1) * step) for group in range(self.num_groups) for name, step, at in steps]
         return (*real, Piece(None, 0, self._padding_rows)) if self._padding_rows else tuple(real)
 
 
 @dataclass(frozen=True, slots=True)
 class FusedGateUp(Rule):
-    """Gate and up projections of a gated MLP: ``[gate; up]`` as a whole, ``[gate_i; up_i]`` on tensor-parallel rank i."""
+    """Gate and up projections of a gated MLP: ``[gate; up]`` as a whole, ``[gate_i; up_i]`` on tensor-parallel rank i.
+
+    Args:
+        gate, up: HF names; twice the same name: one tensor ``[gate; up]``.
+    """
 
     gate: str
     up: str
@@ -154,12 +168,14 @@ class FusedGateUp(Rule):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return (self.gate, self.up)
+        return (self.gate,) if self.gate == self.up else (self.gate, self.up)
 
     def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
         rows = self._rows(target_shape)
         if rows % 2:
             raise ConversionError(f"{self.target} has {rows} rows, its rule makes an even number (gate and up)")
+        if self.gate == self.up:
+            return {self.gate: target_shape}
         half = (rows // 2, *target_shape[1:])
         return {self.gate: half, self.up: half}
 
@@ -168,31 +184,30 @@ class FusedGateUp(Rule):
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedVocab(Rule):
-    """A tensor with one row a token; megatron's has zero rows from ``vocab_size`` to ``padded_size`` so that ranks divide it."""
+class PaddedRows(Rule):
+    """A tensor with one row a token or a head; megatron's has zero rows from ``rows`` to ``padded_rows`` so that ranks divide it."""
 
     source: str
-    vocab_size: int
-    padded_size: int
+    rows: int
+    padded_rows: int
 
     @property
     def sources(self) -> tuple[str, ...]:
         return (self.source,)
 
     def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
-        if self.padded_size < self.vocab_size:
-            raise ConversionError(f"{self.target}: padded vocabulary of {self.padded_size} is smaller than the vocabulary of {self.vocab_size}")
-        self._rows(target_shape, self.padded_size)
-        return {self.source: (self.vocab_size, *target_shape[1:])}
+        if self.padded_rows < self.rows:
+            raise ConversionError(f"{self.target}: {self.padded_rows} rows with padding are fewer than the {self.rows} without")
+        self._rows(target_shape, self.padded_rows)
+        return {self.source: (self.rows, *target_shape[1:])}
 
     def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        tokens = Piece(self.source, 0, self.vocab_size)
-        padding = Piece(None, 0, self.padded_size - self.vocab_size)
-        return (tokens, padding) if padding.rows else (tokens,)
+        real, padding = Piece(self.source, 0, self.rows), Piece(None, 0, self.padded_rows - self.rows)
+        return (real, padding) if padding.rows else (real,)
 
 
 @dataclass(frozen=True, slots=True)
-class TiedHead(PaddedVocab):
+class TiedHead(PaddedRows):
     """The output layer of a tied model: a copy of the embedding, which the last of several pipeline stages holds; never exported."""
 
     exported: ClassVar[bool] = False

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from mswift.families import llama, qwen2, qwen3
+import importlib
+
 from mswift.families.base import MegatronDescription, ModelFamily, choose_dtype, families, find_family
 
-__all__ = ["MegatronDescription", "ModelFamily", "choose_dtype", "families", "find_family", "llama", "qwen2", "qwen3"]
+FAMILY_MODULES = (
+    *("cohere", "ernie4_5", "gemma", "glm4", "granite", "llama", "ministral3", "mistral", "nemotron", "olmo", "phi3"),
+    *("qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2"),
+)
+for _module in FAMILY_MODULES:
+    importlib.import_module(f"mswift.families.{_module}")
+
+__all__ = ["MegatronDescription", "ModelFamily", "choose_dtype", "families", "find_family"]

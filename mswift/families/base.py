@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from mswift.conversion.rules import AnyRule
 from mswift.errors import ConfigError, ModelError
@@ -36,23 +36,78 @@ class Padding:
     groups: int
 
 
+@dataclass(frozen=True, slots=True)
+class NormStyle:
+    """A norm: root mean square or centred (``layer``); whether its weight is stored around zero; whether it has a bias."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    zero_centred: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One kind of rotary positions.
+
+    Args:
+        inv_freq_of: length of the sequence in tokens -> inverse frequencies fp32 ``[rotary dim / 2]``. factor: on cosine and sine.
+        changes: lengths beyond which the frequencies are others. continuous: beyond them they differ from length to length.
+    """
+
+    inv_freq_of: Callable[[int], torch.Tensor]
+    factor: float = 1.0
+    changes: tuple[int, ...] = ()
+    continuous: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionStyle:
+    """What a family's attention does that megatron-core's configuration does not say.
+
+    Args:
+        rotations: the kinds in use. rotation_of_layer: for every layer an index into them; None: no rotary positions there.
+        interleaved: pairs of neighbouring columns are rotated rather than halves.
+        head_norm: of queries and keys: None, ``shared`` (one weight for all heads), ``own`` (a weight for each head) or ``full`` (over all heads).
+        norm: kind of that norm. softcap: limit on the scores, by tanh. query_factor: positions int64 -> factors on the queries.
+    """
+
+    rotations: tuple[Rotation, ...]
+    rotation_of_layer: tuple[int | None, ...]
+    interleaved: bool = False
+    head_norm: Literal["shared", "own", "full"] | None = None
+    norm: NormStyle = NormStyle()
+    softcap: float | None = None
+    query_factor: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class MegatronDescription:
-    """What megatron-core has to be told to build one model.
+    """What megatron-core and our modules have to be told to build one model.
 
     Args:
         transformer: fields of TransformerConfig. vocab_size: without padding. max_sequence_length: in tokens.
-        tied: the output head is the embedding. inv_freq: fp32 ``[rotary dim / 2]``.
+        tied: the output head is the embedding. attention: what TransformerConfig does not say of it.
         output_bias: attention's output projection has a bias. mlp_bias: both MLP layers have one.
+        norm: before the sublayers and at the end. pre_norms, post_norms: whether sublayers have a norm on their input, on their output.
+        parallel: attention and MLP read the same input and are added together. residual_scale: factor on each sublayer's output.
+        embedding_scale: factor on the embedding. logit_scale, logit_softcap: factor on the logits, then their limit by tanh.
     """
 
     transformer: dict[str, Any]
     vocab_size: int
     max_sequence_length: int
     tied: bool
-    inv_freq: torch.Tensor = field(repr=False)
+    attention: AttentionStyle
     output_bias: bool = False
     mlp_bias: bool = False
+    norm: NormStyle = NormStyle()
+    pre_norms: bool = True
+    post_norms: bool = False
+    parallel: bool = False
+    residual_scale: float = 1.0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def heads_per_group(self) -> int:

@@ -1,146 +1,214 @@
-"""What the decoder families share: the config fields that mean the same everywhere, rotary frequencies, and the rules of a plain block."""
+"""What the decoder families share: the config fields that mean the same everywhere, windows, and the rules of a block."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, PaddedVocab, Rename, Rule, TiedHead
+from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, PaddedRows, Rename, Rule, TiedHead
 from mswift.errors import ModelError
-from mswift.families.base import HfConfig, MegatronDescription, Padding
+from mswift.families.base import AttentionStyle, HfConfig, MegatronDescription, ModelFamily, NormStyle, Padding, register
+from mswift.families.rotations import rotation
 
 if TYPE_CHECKING:
     import torch
 
-ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary scalings whose frequencies do not depend on the length of the sequence at hand."""
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+PRE_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
 
 
-def transformer_fields(hf: HfConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TensorNames:
+    """What a family calls the tensors of a block, below ``model.layers.N.`` and without ``.weight``.
+
+    Args:
+        qkv: query, key and value projections; the same name three times where they are one tensor. gate_up: likewise of the MLP.
+        up: the first MLP layer where it is not gated. norms: our name -> the family's.
+    """
+
+    qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj"
+    gate_up: tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
+
+
+def field_of(hf: HfConfig, *names: str, default: Any = None) -> Any:
+    """The first of these config fields that is there and not None."""
+    known = hf.to_dict()
+    return next((known[name] for name in names if known.get(name) is not None), default)
+
+
+def head_size(hf: HfConfig) -> int:
+    """Columns of one attention head: ``head_dim``, else the hidden size over the heads."""
+    return int(field_of(hf, "head_dim", default=hf.hidden_size // hf.num_attention_heads))
+
+
+def activation(name: str, allowed: tuple[str, ...], kind: str) -> Any:
+    """The function of an activation's name.
+
+    Raises:
+        ModelError: it is none of those that this family has.
+    """
+    from functools import partial
+
+    from torch.nn import functional
+
+    known = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+        "relu2": squared_relu,
+    }
+    if name not in allowed:
+        wanted = " or ".join(repr(each) for each in allowed)
+        raise ModelError(f"hidden_act is {name!r}, wanted {wanted} for {kind}; this variant is not supported")
+    return known[name]
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return x.relu().square()
+
+
+def transformer_fields(hf: HfConfig, activations: tuple[str, ...] = ("silu",)) -> dict[str, Any]:
     """TransformerConfig fields that every decoder family here reads alike.
 
     Raises:
         ModelError: an activation that these families do not have.
     """
-    from torch.nn import functional
-
-    if hf.hidden_act != "silu":
-        raise ModelError(f"hidden_act is {hf.hidden_act!r}, wanted 'silu' for {hf.model_type}; this variant is not supported")
     return {
         "num_layers": hf.num_hidden_layers,
         "hidden_size": hf.hidden_size,
         "ffn_hidden_size": hf.intermediate_size,
         "num_attention_heads": hf.num_attention_heads,
         "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": hf.head_dim if "head_dim" in hf.to_dict() and hf.head_dim else hf.hidden_size // hf.num_attention_heads,
-        "layernorm_epsilon": hf.rms_norm_eps,
-        "normalization": "RMSNorm",
-        "activation_func": functional.silu,
+        "kv_channels": head_size(hf),
+        "layernorm_epsilon": field_of(hf, *_EPSILONS),
+        "normalization": "RMSNorm",  # the spec has norms of ours
+        "activation_func": activation(field_of(hf, "hidden_activation", "hidden_act"), activations, hf.model_type),
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
-        "attention_dropout": float(hf.attention_dropout or 0.0),
+        "attention_dropout": float(field_of(hf, "attention_dropout", default=0.0)),
         "init_method_std": hf.initializer_range,
     }
 
 
-def rotary(hf: HfConfig, head_dim: int) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies fp32 ``[head_dim / 2]``, factor on cos and sin), from transformers' own functions.
-
-    Raises:
-        ModelError: a rotary type whose frequencies change with the sequence length.
-    """
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = hf.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROTARY_TYPES:
-        raise ModelError(f"rotary type {kind!r} is not supported exactly; wanted one of {', '.join(ROTARY_TYPES)}")
-    if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
-    return inv_freq, float(factor)
-
-
-def sliding_window(hf: HfConfig) -> dict[str, Any]:
-    """window_size and window_attn_skip_freq (1 = windowed, 0 = full, by layer) where the config asks for windows."""
-    kinds = hf.layer_types or []
-    if not hf.use_sliding_window or hf.sliding_window is None or "sliding_attention" not in kinds:
+def windows(hf: HfConfig) -> dict[str, Any]:
+    """window_size and window_attn_skip_freq (1 = windowed, 0 = full, by layer) where the config asks for windows; without ``layer_types`` in all."""
+    window = field_of(hf, "sliding_window")
+    kinds = field_of(hf, "layer_types", default=["sliding_attention"] * hf.num_hidden_layers)
+    if window is None or not field_of(hf, "use_sliding_window", default=True) or "sliding_attention" not in kinds:
         return {}
     # megatron keeps keys at distance <= window_size[0]: W tokens, the query's own included, are W - 1
-    return {
-        "window_size": (hf.sliding_window - 1, 0),
-        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds],
-    }
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds]}
 
 
-def describe_decoder(hf: HfConfig, *, output_bias: bool = False, mlp_bias: bool = False, **extra: Any) -> MegatronDescription:
-    """The description of a pre-norm decoder with grouped queries, rotary positions and a gated MLP."""
-    fields = {**transformer_fields(hf), **extra}
-    inv_freq, factor = rotary(hf, fields["kv_channels"])
-    if factor != 1.0:
-        # cos and sin of queries and of keys are scaled: the scores by the factor squared
-        fields["softmax_scale"] = factor**2 / fields["kv_channels"] ** 0.5
+def rotations(hf: HfConfig, **style: Any) -> AttentionStyle:
+    """Attention with one rotation for all layers, or one for each layer type where ``rope_parameters`` are given by type."""
+    head_dim, layers = head_size(hf), hf.num_hidden_layers
+    kinds = field_of(hf, "layer_types", default=[])
+    by_type = {kind for kind, value in hf.rope_parameters.items() if isinstance(value, dict)} & set(kinds)
+    if not by_type:
+        return AttentionStyle((rotation(hf, head_dim),), (0,) * layers, **style)
+    order = sorted(by_type)
+    return AttentionStyle(tuple(rotation(hf, head_dim, kind) for kind in order), tuple(order.index(kind) for kind in kinds), **style)
+
+
+def describe_decoder(
+    hf: HfConfig,
+    *,
+    attention: AttentionStyle | None = None,
+    activations: tuple[str, ...] = ("silu",),
+    transformer: Mapping[str, Any] | None = None,
+    norm: NormStyle | None = None,
+    **rest: Any,
+) -> MegatronDescription:
+    """The description of a decoder with grouped queries.
+
+    Args:
+        attention: one rotation and nothing else by default. transformer: fields of TransformerConfig on top of the common ones.
+        rest: further fields of the description.
+    """
     return MegatronDescription(
-        transformer=fields,
+        transformer={**transformer_fields(hf, activations), **(transformer or {})},
         vocab_size=hf.vocab_size,
         max_sequence_length=hf.max_position_embeddings,
         tied=bool(hf.tie_word_embeddings),
-        inv_freq=inv_freq,
-        output_bias=output_bias,
-        mlp_bias=mlp_bias,
+        attention=attention or rotations(hf),
+        norm=norm or NormStyle(),
+        **rest,
     )
 
 
-def decoder_rules(
-    hf: HfConfig, padding: Padding, *, qkv_bias: bool = False, output_bias: bool = False, mlp_bias: bool = False, qk_norm: bool = False
-) -> tuple[AnyRule, ...]:
-    """One rule for every tensor of such a decoder."""
+def decoder_family(name: str, architectures: tuple[str, ...], describe: Any, names: TensorNames | None = None) -> ModelFamily:
+    """Register a family whose rules follow from its description and its names."""
+    known = names or TensorNames()
+
+    def rules(hf: HfConfig, padding: Padding) -> tuple[AnyRule, ...]:
+        return decoder_rules(describe(hf), padding, known)
+
+    return register(ModelFamily(name, architectures, describe, rules))
+
+
+def decoder_rules(description: MegatronDescription, padding: Padding, names: TensorNames) -> tuple[AnyRule, ...]:
+    """One rule for every tensor of a decoder."""
     rules: list[AnyRule] = [
-        PaddedVocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", hf.vocab_size, padding.vocab),
-        Rename("decoder.final_layernorm.weight", "model.norm.weight"),
+        PaddedRows("embedding.word_embeddings.weight", "model.embed_tokens.weight", description.vocab_size, padding.vocab),
+        *_norm("decoder.final_layernorm", "model.norm", description),
         Drop(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a constant that old checkpoints carry"),
     ]
-    if hf.tie_word_embeddings:
-        rules.append(TiedHead("output_layer.weight", "model.embed_tokens.weight", hf.vocab_size, padding.vocab))
+    if description.tied:
+        rules.append(TiedHead("output_layer.weight", "model.embed_tokens.weight", description.vocab_size, padding.vocab))
         rules.append(Drop(r"lm_head\.weight", "tied to the embedding", equals="model.embed_tokens.weight"))
     else:
-        rules.append(PaddedVocab("output_layer.weight", "lm_head.weight", hf.vocab_size, padding.vocab))
-    for layer in range(hf.num_hidden_layers):
-        rules += _block_rules(hf, padding, layer, qkv_bias=qkv_bias, output_bias=output_bias, mlp_bias=mlp_bias, qk_norm=qk_norm)
+        rules.append(PaddedRows("output_layer.weight", "lm_head.weight", description.vocab_size, padding.vocab))
+    for layer in range(description.transformer["num_layers"]):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        for mine, its in names.norms.items():
+            rules += _norm(ours + mine, theirs + its, description)
+        rules += _attention(ours + "self_attention.", theirs, description, padding, names)
+        rules += _mlp(ours + "mlp.", theirs, description, names)
     return tuple(rules)
 
 
-def _block_rules(hf: HfConfig, padding: Padding, layer: int, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool, qk_norm: bool) -> list[Rule]:
-    ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-    heads, groups = hf.num_attention_heads, hf.num_key_value_heads
-    head_dim = transformer_fields(hf)["kv_channels"]
+def _norm(ours: str, theirs: str, description: MegatronDescription) -> list[Rule]:
+    kinds = ("weight", "bias") if description.norm.bias else ("weight",)
+    return [Rename(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in kinds]
+
+
+def _attention(ours: str, theirs: str, description: MegatronDescription, padding: Padding, names: TensorNames) -> list[Rule]:
+    fields = description.transformer
+    heads, groups, head_dim = fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"]
 
     def qkv(kind: str) -> Rule:
-        q, k, v = (f"{theirs}self_attn.{letter}_proj.{kind}" for letter in "qkv")
-        target = f"{ours}self_attention.linear_qkv.{kind}"
+        q, k, v = (f"{theirs}{name}.{kind}" for name in names.qkv)
+        target = f"{ours}linear_qkv.{kind}"
         return FusedQKV(target, q, k, v, num_groups=groups, heads_per_group=heads // groups, head_dim=head_dim, padded_groups=padding.groups)
 
-    def mlp(kind: str) -> list[Rule]:
-        return [
-            FusedGateUp(f"{ours}mlp.linear_fc1.{kind}", f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}"),
-            Rename(f"{ours}mlp.linear_fc2.{kind}", f"{theirs}mlp.down_proj.{kind}"),
-        ]
-
-    rules = [
-        Rename(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight"),
-        qkv("weight"),
-        Rename(f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight", columns=heads * head_dim),
-        Rename(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight"),
-        *mlp("weight"),
-    ]
-    if qkv_bias:
+    rules = [qkv("weight"), Rename(f"{ours}linear_proj.weight", f"{theirs}{names.output}.weight", columns=heads * head_dim)]
+    if fields.get("add_qkv_bias"):
         rules.append(qkv("bias"))
-    if output_bias:
-        rules.append(Rename(f"{ours}self_attention.linear_proj.bias", f"{theirs}self_attn.o_proj.bias"))
-    if mlp_bias:
-        rules += mlp("bias")
-    if qk_norm:
-        rules += [Rename(f"{ours}self_attention.{letter}_layernorm.weight", f"{theirs}self_attn.{letter}_norm.weight") for letter in "qk"]
+    if description.output_bias:
+        rules.append(Rename(f"{ours}linear_proj.bias", f"{theirs}{names.output}.bias"))
+    style = description.attention.head_norm
+    if style is not None:
+        unit = head_dim if style == "full" else 1
+        for letter, count, padded in (("q", heads, padding.groups * (heads // groups)), ("k", groups, padding.groups)):
+            target, source = f"{ours}{letter}_layernorm.weight", f"{theirs}self_attn.{letter}_norm.weight"
+            rules.append(Rename(target, source) if style == "shared" else PaddedRows(target, source, count * unit, padded * unit))
+    return rules
+
+
+def _mlp(ours: str, theirs: str, description: MegatronDescription, names: TensorNames) -> list[Rule]:
+    rules: list[Rule] = []
+    for kind in ("weight", "bias") if description.mlp_bias else ("weight",):
+        if description.transformer["gated_linear_unit"]:
+            gate, up = (f"{theirs}{name}.{kind}" for name in names.gate_up)
+            rules.append(FusedGateUp(f"{ours}linear_fc1.{kind}", gate, up))
+        else:
+            rules.append(Rename(f"{ours}linear_fc1.{kind}", f"{theirs}{names.up}.{kind}"))
+        rules.append(Rename(f"{ours}linear_fc2.{kind}", f"{theirs}{names.down}.{kind}"))
     return rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,17 @@ from mswift.conversion.directories import CONFIG_FILE, read_json
 from mswift.conversion.shards import Shard
 from mswift.errors import ModelError, one_line
 from mswift.families.base import HfConfig, MegatronDescription, find_family
-from mswift.families.modules import BiasedColumnParallelLinear, BiasedRowParallelLinear, CausalLM, RMSNorm, RotatedCacheAttention, SdpaAttention
+from mswift.families.modules import (
+    AddToResidual,
+    BiasedColumnParallelLinear,
+    BiasedRowParallelLinear,
+    CausalLM,
+    DecoderAttention,
+    Norm,
+    ParallelBlock,
+    RotaryTables,
+    SdpaAttention,
+)
 from mswift.parallel.groups import Groups
 from mswift.runtime.device import Runtime
 
@@ -59,6 +70,7 @@ def transformer_config(
     settings = {
         **runtime.transformer_settings(pp=layout.pp, vpp=layout.vpp),
         **fields,
+        "qk_layernorm": description.attention.head_norm is not None,
         "num_query_groups": groups_of_queries,
         "num_attention_heads": groups_of_queries * description.heads_per_group,
         "tensor_model_parallel_size": layout.tp,
@@ -80,22 +92,33 @@ def transformer_config(
 
 
 def _layer_spec(config: TransformerConfig, description: MegatronDescription) -> ModuleSpec:
-    """megatron's own local spec with our norm, attention cache, core attention and, where the family has them, biased linears."""
-    spec = get_gpt_layer_local_spec(num_experts=None, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    """megatron's own local spec with our norms, attention and, where the family has them, biased linears and its own way to add up a block."""
+    spec = get_gpt_layer_local_spec(num_experts=None, qk_layernorm=False, normalization="RMSNorm")
     block = spec.submodules
-    block.input_layernorm = block.pre_mlp_layernorm = RMSNorm
-    block.self_attention.module = RotatedCacheAttention
-    attention = block.self_attention.submodules
-    attention.core_attention = SdpaAttention
-    for name in ("q_layernorm", "k_layernorm"):
-        if vars(attention)[name] is not IdentityOp and config.qk_layernorm:
-            setattr(attention, name, RMSNorm)
+    norm = ModuleSpec(module=Norm, params={"style": description.norm})
+    block.input_layernorm = norm if description.pre_norms else IdentityOp
+    block.pre_mlp_layernorm = norm if description.pre_norms and not description.parallel else IdentityOp
+    if description.post_norms or description.residual_scale != 1.0:
+        after = {"config": config, "norm": description.norm if description.post_norms else None, "scale": description.residual_scale}
+        block.self_attn_bda = block.mlp_bda = ModuleSpec(module=AddToResidual, params=after)
+    if description.parallel:
+        spec.module = ParallelBlock
+    _describe_attention(block.self_attention, description)
     if description.output_bias:
-        attention.linear_proj = BiasedRowParallelLinear
+        block.self_attention.submodules.linear_proj = BiasedRowParallelLinear
     if description.mlp_bias:
         submodules = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear)
         block.mlp = ModuleSpec(module=MLP, submodules=submodules)
     return spec
+
+
+def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> None:
+    style = description.attention
+    spec.module = DecoderAttention
+    spec.params = {**spec.params, "style": style, "real_groups": description.transformer["num_query_groups"]}
+    spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap)
+    head_norm = ModuleSpec(module=Norm, params={"style": style.norm}) if style.head_norm == "shared" else None
+    spec.submodules.q_layernorm = spec.submodules.k_layernorm = head_norm
 
 
 def build_model(description: MegatronDescription, config: TransformerConfig, groups: Groups) -> list[CausalLM]:
@@ -108,9 +131,9 @@ def build_model(description: MegatronDescription, config: TransformerConfig, gro
         layers = get_num_layers_to_build(config, vp_stage)
         model = CausalLM(
             config,
-            TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ModuleSpec(module=Norm, params={"style": description.norm})),
             vocab_size=description.padding(layout.tp).vocab,
-            true_vocab_size=description.vocab_size,
+            description=description,
             max_sequence_length=description.max_sequence_length,
             pre_process=groups.is_first_stage and stage == 0,
             post_process=groups.is_last_stage and stage == layout.vpp - 1,
@@ -119,7 +142,7 @@ def build_model(description: MegatronDescription, config: TransformerConfig, gro
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-        model.rotary_pos_emb.inv_freq = description.inv_freq.to(model.rotary_pos_emb.inv_freq.device)
+        model.rotary_pos_emb = RotaryTables(description.attention.rotations, model.rotary_pos_emb.inv_freq.device)
         _mark_partitions(model)
         chunks.append(model)
     return chunks

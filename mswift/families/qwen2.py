@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from mswift.conversion.rules import AnyRule
-from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, Padding, register
-from mswift.families.common import decoder_rules, describe_decoder, sliding_window
+from mswift.families.base import HfConfig, MegatronDescription
+from mswift.families.common import decoder_family, describe_decoder, windows
 
 
 def describe(hf: HfConfig) -> MegatronDescription:
-    return describe_decoder(hf, add_qkv_bias=True, **sliding_window(hf))
+    return describe_decoder(hf, transformer={"add_qkv_bias": True, **windows(hf)})
 
 
-def rules(hf: HfConfig, padding: Padding) -> tuple[AnyRule, ...]:
-    return decoder_rules(hf, padding, qkv_bias=True)
-
-
-QWEN2 = register(ModelFamily("qwen2", ("Qwen2ForCausalLM",), describe, rules))
+QWEN2 = decoder_family("qwen2", ("Qwen2ForCausalLM",), describe)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from mswift.conversion.rules import AnyRule
-from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, Padding, register
-from mswift.families.common import decoder_rules, describe_decoder, sliding_window
+from mswift.families.base import HfConfig, MegatronDescription
+from mswift.families.common import decoder_family, describe_decoder, rotations, windows
 
 
 def describe(hf: HfConfig) -> MegatronDescription:
     bias = bool(hf.attention_bias)
-    return describe_decoder(hf, qk_layernorm=True, add_qkv_bias=bias, output_bias=bias, **sliding_window(hf))
+    return describe_decoder(hf, attention=rotations(hf, head_norm="shared"), transformer={"add_qkv_bias": bias, **windows(hf)}, output_bias=bias)
 
 
-def rules(hf: HfConfig, padding: Padding) -> tuple[AnyRule, ...]:
-    bias = bool(hf.attention_bias)
-    return decoder_rules(hf, padding, qkv_bias=bias, output_bias=bias, qk_norm=True)
-
-
-QWEN3 = register(ModelFamily("qwen3", ("Qwen3ForCausalLM",), describe, rules))
+QWEN3 = decoder_family("qwen3", ("Qwen3ForCausalLM",), describe)

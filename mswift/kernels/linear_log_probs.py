@@ -5,7 +5,7 @@ Plain torch, vocabulary-parallel, chunked over tokens. Tokens without a label co
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,19 @@ def _chunk_rows(vocab: int) -> int:
     return max(16, _CHUNK_BYTES // (4 * vocab))
 
 
-class _Vocabulary:
-    """The slice [first, first + rows) of the vocabulary that this rank holds; rows at or past `size` are padding."""
+class _Limits(NamedTuple):
+    """What is done to the logits: tokens from `size` on are padding, a factor, a limit by tanh."""
 
-    def __init__(self, weight: Tensor, size: int | None, group: dist.ProcessGroup | None) -> None:
+    size: int | None
+    scale: float
+    cap: float | None
+
+
+class _Vocabulary:
+    """The slice [first, first + rows) of the vocabulary that this rank holds."""
+
+    def __init__(self, weight: Tensor, limits: _Limits, group: dist.ProcessGroup | None) -> None:
+        size, self.scale, self.cap = limits
         self.group = group if group is not None and group.size() > 1 else None
         rank = self.group.rank() if self.group is not None else 0
         self.first = rank * weight.shape[0]
@@ -34,8 +43,20 @@ class _Vocabulary:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         logits = (hidden.to(weight.dtype) @ weight.t()).float()
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
         logits[:, self.padding_from :] = -torch.inf
         return logits
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """d logits / d products for these logits, without `scale`; None where it is one everywhere."""
+        if self.cap is None:
+            return None
+        slope = 1.0 - (logits / self.cap).square_()
+        slope[:, self.padding_from :] = 0.0
+        return slope
 
     def locate(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Local index of each label (0 where it is another rank's) and a mask of those that are here."""
@@ -57,16 +78,20 @@ class _Vocabulary:
         return peak + total.log(), label_logit
 
 
-def _minus_softmax_plus_one_hot(logits: Tensor, lse: Tensor, target: Tensor, here: Tensor) -> Tensor:
-    """d log_prob / d logits, written over `logits`: the one-hot label minus the probabilities."""
+def _minus_softmax_plus_one_hot(vocabulary: _Vocabulary, logits: Tensor, lse: Tensor, target: Tensor, here: Tensor) -> Tensor:
+    """d log_prob / d products, written over `logits`: the one-hot label minus the probabilities, times what scale and cap add."""
+    slope = vocabulary.slope(logits)
     gradient = logits.sub_(lse[:, None]).exp_().neg_()
-    return gradient.scatter_add_(1, target[:, None], here.to(gradient.dtype)[:, None])
+    gradient.scatter_add_(1, target[:, None], here.to(gradient.dtype)[:, None])
+    if slope is not None:
+        gradient.mul_(slope)
+    return gradient if vocabulary.scale == 1.0 else gradient.mul_(vocabulary.scale)
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, size: int | None, group: Any, reduce_grad: bool) -> Tensor:
-        vocabulary = _Vocabulary(weight, size, group)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, limits: _Limits, group: Any, reduce_grad: bool) -> Tensor:
+        vocabulary = _Vocabulary(weight, limits, group)
         step = _chunk_rows(weight.shape[0])
         wide = widen(weight)
         lse = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
@@ -81,7 +106,7 @@ class _LinearLogProbs(torch.autograd.Function):
             lse[rows], label_logit = vocabulary.normaliser(logits, target, here)
             log_probs[rows] = label_logit - lse[rows]
             if unit_gradient is not None:
-                unit_gradient[rows] = _minus_softmax_plus_one_hot(logits, lse[rows], target, here).to(wide.dtype) @ wide
+                unit_gradient[rows] = _minus_softmax_plus_one_hot(vocabulary, logits, lse[rows], target, here).to(wide.dtype) @ wide
         ctx.vocabulary, ctx.step, ctx.reduce_grad = vocabulary, step, reduce_grad
         ctx.save_for_backward(unit_gradient) if frozen else ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.frozen = frozen
@@ -110,7 +135,7 @@ def _backward_trained(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + ctx.step)
         logits = ctx.vocabulary.logits(hidden[rows], wide)
         target, here = ctx.vocabulary.locate(labels[rows], weight.shape[0])
-        gradient = _minus_softmax_plus_one_hot(logits, lse[rows], target, here).mul_(grad_output[rows][:, None]).to(wide.dtype)
+        gradient = _minus_softmax_plus_one_hot(ctx.vocabulary, logits, lse[rows], target, here).mul_(grad_output[rows][:, None]).to(wide.dtype)
         grad_hidden[rows] = gradient @ wide
         grad_weight += gradient.t() @ hidden[rows].to(wide.dtype)
     return grad_hidden, grad_weight.to(weight.dtype)
@@ -122,6 +147,8 @@ def linear_log_probs(
     labels: Tensor,
     *,
     vocab_size: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     group: dist.ProcessGroup | None = None,
     reduce_grad: bool = True,
 ) -> Tensor:
@@ -132,6 +159,7 @@ def linear_log_probs(
         weight: ``[vocabulary on this rank, hidden]``; equal slices in rank order. No gradient is computed for it when it is frozen.
         labels: int64 ``[...]``; `IGNORE` where a token is not scored.
         vocab_size: rows at or beyond it are padding and have probability zero; None: no padding.
+        logit_scale: factor on the logits. softcap: after it, their limit: ``softcap * tanh(logits / softcap)``.
         group: the ranks that share the vocabulary; None: one rank holds it all.
         reduce_grad: sum the gradient of the hidden states over `group`; False leaves each rank its own part (sequence parallelism adds them).
 
@@ -143,6 +171,6 @@ def linear_log_probs(
     flat_hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     if len(scored) != len(flat_labels):
         flat_hidden = flat_hidden.index_select(0, scored)
-    values = _LinearLogProbs.apply(flat_hidden, weight, flat_labels[scored], vocab_size, group, reduce_grad)
+    values = _LinearLogProbs.apply(flat_hidden, weight, flat_labels[scored], _Limits(vocab_size, logit_scale, softcap), group, reduce_grad)
     result = torch.zeros(flat_labels.shape, dtype=torch.float32, device=values.device)
     return result.index_put((scored,), values).reshape(labels.shape)

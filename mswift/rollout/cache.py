@@ -12,13 +12,26 @@ from torch import Tensor
 _BLOCK = 256  # positions; capacities are multiples of it, so that few different rotary tables are made
 
 
+class CacheContext(StaticInferenceContext):
+    """megatron-core's own context with what our attention needs to know besides.
+
+    Attributes:
+        left_padding: int64 ``[rows]``, positions at the left of each row that are no tokens; None: no row has any.
+        rotary_length: tokens that decide which rotary frequencies hold, where they depend on the length.
+    """
+
+    left_padding: Tensor | None = None
+    rotary_length: int = 1
+
+
 class KeyValueCache:
     """A static inference context whose size follows the need.
 
-    megatron-core's layers write their keys (before rotation) and values ``[position, row, group, dim]`` into it and read all up to the last one.
+    megatron-core's layers write their keys (after rotation) and values ``[position, row, group, dim]`` into it and read all up to the last one.
 
     Attributes:
-        length: positions that are filled. padding: int64 ``[rows]``, positions at the left of each row that are no tokens; None: no row has any.
+        length: positions that are filled. prompt_length: of the longest prompt that was begun with.
+        padding: int64 ``[rows]``, positions at the left of each row that are no tokens; None: no row has any.
         tokens: the tokens behind the filled positions, known for one row without padding.
     """
 
@@ -27,8 +40,9 @@ class KeyValueCache:
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""
-        self.context: Any = StaticInferenceContext(0, 0)
+        self.context: Any = CacheContext(0, 0)
         self.length = 0
+        self.prompt_length = 1
         self.tokens: list[int] | None = []
         self.padding: Tensor | None = None
 
@@ -44,8 +58,8 @@ class KeyValueCache:
             kept = _common_prefix(self.tokens or [], prompts[0][:-1])
         else:
             self.clear()
-            self.context = StaticInferenceContext(len(prompts), 0)
-        self.length, self.padding = kept, padding
+            self.context = CacheContext(len(prompts), 0)
+        self.length, self.padding, self.prompt_length = kept, padding, max(len(prompt) for prompt in prompts)
         self.tokens = list(prompts[0][:kept]) if len(prompts) == 1 else None
         return kept
 
@@ -57,6 +71,7 @@ class KeyValueCache:
         """
         self._reserve(self.length + new, limit)
         self.context.sequence_len_offset = self.length
+        self.context.left_padding, self.context.rotary_length = self.padding, self.prompt_length
         if self.length and new == 1:
             self.context.enable_decode_mode()
         else:
@@ -68,7 +83,7 @@ class KeyValueCache:
         if needed <= old.max_sequence_length:
             return
         capacity = max(needed, min(limit, max(2 * old.max_sequence_length, needed + _BLOCK // 2)))
-        self.context = StaticInferenceContext(old.max_batch_size, -(-capacity // _BLOCK) * _BLOCK)
+        self.context = CacheContext(old.max_batch_size, -(-capacity // _BLOCK) * _BLOCK)
         while old.key_value_memory_dict:  # layer by layer, so that only one layer is in memory twice
             layer, pair = old.key_value_memory_dict.popitem()
             self.context.key_value_memory_dict[layer] = tuple(self._grown(memory) for memory in pair)

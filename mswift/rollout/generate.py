@@ -112,6 +112,8 @@ class Generator:
         ids, padding = _pad_left(prompts, self.model.runtime.device)
         limit = ids.shape[1] + max(row.room for row in rows)
         seen = self._seen(prompts) if settings.sampling.repetition_penalty != 1 else None
+        if self._frequencies(ids.shape[1]) != self._frequencies(self.cache.prompt_length):
+            self.cache.clear()  # its keys were rotated by others
         ids = ids[:, self.cache.begin(prompts, padding) :]
         while rows:
             tokens = self._step(ids, rows, settings, limit, seen)
@@ -123,6 +125,11 @@ class Generator:
                 seen = None if seen is None else seen[alive]
             rows = [rows[i] for i in alive]
             ids = tokens[:, None]
+
+    def _frequencies(self, length: int) -> list[int]:
+        """Equal for two lengths of a prompt if both have the same rotary frequencies, which an answer keeps however long it gets."""
+        rotations = self.model.description.attention.rotations
+        return [(length if rotation.continuous else place) * (length > place) for rotation in rotations for place in rotation.changes]
 
     def _row(self, index: int, prompt: Sequence[int], settings: GenerationSettings, seed: int | None) -> _Row:
         room = min(settings.max_new_tokens, self.max_length - len(prompt))

@@ -29,15 +29,13 @@ from mswift.kernels.lora_linear import lora_linear
 ALL_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """Module names that ``all-linear`` stands for: every linear layer of a block; the embedding and the head stay as they are."""
 
-HF_TO_MEGATRON_TARGETS = {
-    "q_proj": "linear_qkv",
-    "k_proj": "linear_qkv",
-    "v_proj": "linear_qkv",
-    "o_proj": "linear_proj",
-    "gate_proj": "linear_fc1",
-    "up_proj": "linear_fc1",
-    "down_proj": "linear_fc2",
+HF_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "linear_qkv": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
+    "linear_proj": (("o_proj",),),
+    "linear_fc1": (("gate_proj", "up_proj"), ("gate_up_proj",), ("c_fc",)),
+    "linear_fc2": (("down_proj",), ("c_proj",)),
 }
+"""Megatron module -> the Hugging Face modules that it stands for, in each of the forms that families write them in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +63,16 @@ def resolve_targets(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     wanted = set(names)
     if wanted == {"all-linear"}:
         return ALL_LINEAR
+    fused = {part: (target, set(parts)) for target, forms in HF_PARTS.items() for parts in forms for part in parts}
     found: set[str] = set()
     for name in wanted:
-        target = HF_TO_MEGATRON_TARGETS.get(name, name)
+        target, parts = fused.get(name, (name, {name}))
         if target not in ALL_LINEAR:
-            known = ", ".join(["all-linear", *HF_TO_MEGATRON_TARGETS, *ALL_LINEAR])
+            known = ", ".join(["all-linear", *fused, *ALL_LINEAR])
             raise ConfigError(f"--target_modules: got {name!r}, wanted one of {known}")
         found.add(target)
-    for target in found:
-        parts = {hf for hf, fused in HF_TO_MEGATRON_TARGETS.items() if fused == target}
         missing = parts - wanted
-        if wanted & parts and missing and target not in wanted:
+        if missing and target not in wanted:
             raise ConfigError(
                 f"--target_modules: {', '.join(sorted(wanted & parts))} is one layer with {', '.join(sorted(missing))} on the Megatron engine; "
                 "name all of them"

@@ -23,6 +23,18 @@ SPECIAL = [
     ("qwen3/biases", (2, {"tp": 2, "sequence_parallel": True})),
     ("qwen3/one-group", TP2),
     ("qwen3/tied", (2, {"pp": 2, "vpp": 2})),
+    ("gemma2/plain", (4, {"tp": 2, "pp": 2})),
+    ("gemma3_text/scaled", (2, {"pp": 2, "vpp": 2})),
+    ("olmo2/one-group", TP2),
+    ("olmo2/plain", (2, {"tp": 2, "sequence_parallel": True})),
+    ("cohere/head-norms", TP2),
+    ("cohere/one-group", TP2),
+    ("cohere/plain", (2, {"tp": 2, "sequence_parallel": True})),
+    ("starcoder2/plain", (2, {"tp": 2, "sequence_parallel": True})),
+    ("phi3/one-group", TP2),
+    ("phi3/longrope-long", (2, {"pp": 2})),
+    ("smollm3/plain", (2, {"pp": 2, "vpp": 2})),
+    ("glm4/biases", (2, {"tp": 2, "sequence_parallel": True})),
 ]
 
 

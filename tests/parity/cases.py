@@ -7,6 +7,14 @@ from typing import Any
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+_MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+_NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.05 * i for i in range(10)],
+    "long_factor": [2.0 + 0.5 * i for i in range(10)],
+}
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -14,6 +22,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "llama3-rope": {"rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 32}},
         "linear-rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
         "yarn-rope": {"rope_parameters": {**_YARN, "original_max_position_embeddings": 64}},
+        "dynamic-rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}, "max_position_embeddings": 16},
         "biases": {"attention_bias": True, "mlp_bias": True},
         "derived-head-dim": {"head_dim": None},
         "tied": {"tie_word_embeddings": True},
@@ -34,6 +43,68 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "tied": {"tie_word_embeddings": True},
         "one-group": {"num_key_value_heads": 1},
     },
+    "mistral": {"plain": {}, "windows": {"sliding_window": 6}},
+    "ministral": {"plain": {"sliding_window": 6, "layer_types": _MIXED}, "windows-nowhere": {"layer_types": ["full_attention"] * 4}},
+    "ministral3": {"plain": {"rope_parameters": {**_YARN, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.3}}},
+    "phi3": {
+        "plain": {},
+        "windows": {"sliding_window": 6},
+        "partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.6}},
+        "longrope-short": {"rope_parameters": {**_LONGROPE, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 64},
+        "longrope-long": {"rope_parameters": {**_LONGROPE, "original_max_position_embeddings": 16}, "original_max_position_embeddings": 16},
+        "one-group": {"num_key_value_heads": 1},
+    },
+    "glm": {"plain": {}, "biases": {"attention_bias": True}},
+    "glm4": {"plain": {}, "biases": {"attention_bias": True}},
+    "gemma": {"plain": {"hidden_act": "gelu_pytorch_tanh"}, "untied": {"tie_word_embeddings": False, "hidden_act": "gelu_pytorch_tanh"}},
+    "gemma2": {
+        "plain": {"sliding_window": 6, "query_pre_attn_scalar": 30, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+        "no-limits": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "biases": {"attention_bias": True},
+    },
+    "gemma3_text": {
+        "plain": {"sliding_window": 6, "layer_types": _MIXED, "query_pre_attn_scalar": 30},
+        "scaled": {
+            "sliding_window": 6,
+            "layer_types": _MIXED,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+            },
+        },
+    },
+    "olmo2": {"plain": {}, "one-group": {"num_key_value_heads": 1}, "biases": {"attention_bias": True}},
+    "olmo3": {
+        "plain": {"sliding_window": 6, "layer_types": _MIXED},
+        "yarn-rope": {
+            "sliding_window": 6,
+            "layer_types": _MIXED,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": {**_YARN, "original_max_position_embeddings": 64},
+            },
+        },
+    },
+    "granite": {
+        "plain": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 0.7},
+        "biases": {"attention_bias": True, "mlp_bias": True},
+    },
+    "smollm3": {"plain": {"no_rope_layers": [1, 0, 1, 1]}, "biases": {"no_rope_layers": [1] * 4, "attention_bias": True, "mlp_bias": True}},
+    "cohere": {
+        "plain": {"logit_scale": 0.3},
+        "head-norms": {"use_qk_norm": True},
+        "one-group": {"use_qk_norm": True, "num_key_value_heads": 1},
+        "biases": {"attention_bias": True},
+    },
+    "cohere2": {"plain": {"logit_scale": 0.3, "sliding_window": 6, "layer_types": _MIXED}},
+    "starcoder2": {"plain": {"sliding_window": 6}, "no-window": {}, "no-biases": {"use_bias": False}},
+    "ernie4_5": {"plain": {}, "biases": {"use_bias": True}},
+    "seed_oss": {
+        "plain": _NO_DROPOUT,
+        "biases": {"attention_out_bias": True, "mlp_bias": True, **_NO_DROPOUT},
+        "no-biases": {"attention_bias": False, **_NO_DROPOUT},
+    },
+    "nemotron": {"plain": {"hidden_act": "relu2"}, "biases": {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True}},
 }
 
 

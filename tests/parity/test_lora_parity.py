@@ -29,6 +29,10 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
         4,
         {"tp": 4, "lora": {**LORA, "targets": ("linear_qkv",)}},
     ),
+    "phi3-tp2-packed": ("phi3", {}, 2, {"tp": 2, "lora": LORA}),
+    "starcoder2-pp2-no-gate": ("starcoder2", {"sliding_window": 6}, 2, {"pp": 2, "lora": LORA}),
+    "gemma2-tp2-limits": ("gemma2", {"sliding_window": 6, "final_logit_softcapping": 9.0}, 2, {"tp": 2, "lora": LORA}),
+    "cohere-tp2-parallel": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}, 2, {"tp": 2, "lora": LORA}),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mswift.conversion.load import LocalParameter
-from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, PaddedVocab, Rename, TiedHead
+from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, PaddedRows, Rename, TiedHead
 from mswift.conversion.safetensors_io import save_file
 from mswift.conversion.shards import Shard
 
@@ -60,7 +60,7 @@ class Model:
 
     def rules(self) -> tuple[AnyRule, ...]:
         rules: list[AnyRule] = [
-            PaddedVocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", self.vocab, self.padded),
+            PaddedRows("embedding.word_embeddings.weight", "model.embed_tokens.weight", self.vocab, self.padded),
             Rename("decoder.final_layernorm.weight", "model.norm.weight"),
             Drop(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer made from the config"),
         ]
@@ -68,7 +68,7 @@ class Model:
             rules.append(TiedHead("output_layer.weight", "model.embed_tokens.weight", self.vocab, self.padded))
             rules.append(Drop(r"lm_head\.weight", "tied to the embedding", equals="model.embed_tokens.weight"))
         else:
-            rules.append(PaddedVocab("output_layer.weight", "lm_head.weight", self.vocab, self.padded))
+            rules.append(PaddedRows("output_layer.weight", "lm_head.weight", self.vocab, self.padded))
         for layer in range(self.layers):
             to, of = f"decoder.layers.{layer}.", f"model.layers.{layer}."
             sizes = (self.groups, self.heads_per_group, self.head_dim)

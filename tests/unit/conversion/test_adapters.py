@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mswift.conversion.adapters import adapted_modules, lora_from_peft, lora_to_peft, peft_names, unplaced_modules
-from mswift.conversion.rules import FusedGateUp, FusedQKV, PaddedVocab, Rename, Rule, TiedHead
+from mswift.conversion.rules import FusedGateUp, FusedQKV, PaddedRows, Rename, Rule, TiedHead
 from mswift.conversion.shards import Shard, cut_sources
 from mswift.errors import ConversionError
 
@@ -19,7 +19,7 @@ RULES: dict[str, tuple[Rule, int]] = {
     "qkv": (FusedQKV("t", "l.q_proj.weight", "l.k_proj.weight", "l.v_proj.weight", 2, 3, 2), 20),
     "gate_up": (FusedGateUp("t", "l.gate_proj.weight", "l.up_proj.weight"), 10),
     "plain": (Rename("t", "l.o_proj.weight"), 7),
-    "head": (PaddedVocab("t", "lm_head.weight", 5, 8), 8),
+    "head": (PaddedRows("t", "lm_head.weight", 5, 8), 8),
 }
 KINDS = st.sampled_from(sorted(RULES))
 RANKS = st.integers(1, 4)

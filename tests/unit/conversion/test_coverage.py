@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mswift.conversion.coverage import drops_of, fail_on, gaps, rules_by_target, source_rows
-from mswift.conversion.rules import Drop, FusedGateUp, PaddedVocab, Rename, Rule, TiedHead
+from mswift.conversion.rules import Drop, FusedGateUp, PaddedRows, Rename, Rule, TiedHead
 from mswift.errors import ConversionError
 
 RULES = (
-    PaddedVocab("embedding", "embed", 5, 8),
+    PaddedRows("embedding", "embed", 5, 8),
     TiedHead("head", "embed", 5, 8),
     FusedGateUp("fc1", "gate", "up"),
     Drop("lm_head", "tied", equals="embed"),
@@ -47,7 +47,7 @@ def test_two_rules_for_one_parameter() -> None:
 
 
 def test_the_tensors_of_a_whole_model() -> None:
-    rules: dict[str, Rule] = {"embedding": PaddedVocab("embedding", "embed", 5, 8), "fc1": FusedGateUp("fc1", "gate", "up")}
+    rules: dict[str, Rule] = {"embedding": PaddedRows("embedding", "embed", 5, 8), "fc1": FusedGateUp("fc1", "gate", "up")}
     shapes = {"embedding": (8, 3), "fc1": (10, 3), "copy": (5, 3), "small": (4, 3)}
     assert source_rows(rules, shapes) == ({"embed": (5, 3), "gate": (5, 3), "up": (5, 3)}, [])
     _, problems = source_rows(rules | {"copy": Rename("copy", "up")}, shapes)

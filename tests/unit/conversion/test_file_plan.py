@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mswift.conversion.export_plan import plan_export
 from mswift.conversion.file_plan import OutFile, index_of, plan_files, split_by_size
-from mswift.conversion.rules import FusedGateUp, PaddedVocab, Rename, TiedHead
+from mswift.conversion.rules import FusedGateUp, PaddedRows, Rename, TiedHead
 from mswift.conversion.safetensors_io import TensorSpec
 from mswift.conversion.staging import parse_size
 from mswift.errors import ConversionError
@@ -48,7 +48,7 @@ def test_one_file_has_the_plain_name() -> None:
 
 def test_a_model_in_stages() -> None:
     rules = [
-        PaddedVocab("embedding", "embed", 5, 8),
+        PaddedRows("embedding", "embed", 5, 8),
         FusedGateUp("fc1", "gate", "up"),
         TiedHead("head", "embed", 5, 8),
         Rename("norm", "model.norm"),

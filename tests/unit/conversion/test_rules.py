@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mswift.conversion.rules import Drop, FusedGateUp, FusedQKV, PaddedVocab, Rename, Rule, TiedHead
+from mswift.conversion.rules import Drop, FusedGateUp, FusedQKV, PaddedRows, Rename, Rule, TiedHead
 from mswift.errors import ConversionError
 
 SMALL = st.integers(1, 5)
@@ -50,6 +50,7 @@ def test_fused_qkv(groups: int, per_group: int, head_dim: int, rest: tuple[int, 
     wanted = torch.cat(by_group, dim=1).reshape(-1, *rest)
     rule = FusedQKV("qkv", "q", "k", "v", groups, per_group, head_dim)
     assert_round_trip(rule, {"q": q, "k": k, "v": v}, wanted)
+    assert_round_trip(FusedQKV("qkv", "all", "all", "all", groups, per_group, head_dim), {"all": torch.cat((q, k, v))}, wanted)
     with pytest.raises(ConversionError, match=r"qkv has \d+ rows, its rule makes \d+"):
         rule.source_shapes((wanted.shape[0] + 1, *rest))
 
@@ -60,19 +61,20 @@ def test_fused_gate_up(ffn: int, rest: tuple[int, ...], dtype: torch.dtype) -> N
     rule = FusedGateUp("fc1", "gate", "up")
     assert rule.parts == 2
     assert_round_trip(rule, {"gate": gate, "up": up}, torch.cat([gate, up]))
+    assert_round_trip(FusedGateUp("fc1", "both", "both"), {"both": torch.cat([gate, up])}, torch.cat([gate, up]))
     with pytest.raises(ConversionError, match="even number"):
         rule.source_shapes((2 * ffn + 1, *rest))
 
 
 @given(SMALL, st.integers(0, 4), SMALL, DTYPES)
-def test_padded_vocab(vocab: int, padding: int, hidden: int, dtype: torch.dtype) -> None:
+def test_padded_rows(vocab: int, padding: int, hidden: int, dtype: torch.dtype) -> None:
     rows = torch.randn(vocab, hidden).to(dtype)
-    rule = PaddedVocab("embedding", "embed_tokens", vocab, vocab + padding)
+    rule = PaddedRows("embedding", "embed_tokens", vocab, vocab + padding)
     assert_round_trip(rule, {"embed_tokens": rows}, torch.cat([rows, torch.zeros(padding, hidden, dtype=dtype)]))
     with pytest.raises(ConversionError, match="rows"):
         rule.source_shapes((vocab + padding + 1, hidden))
-    with pytest.raises(ConversionError, match="smaller than the vocabulary"):
-        PaddedVocab("embedding", "embed_tokens", vocab + padding + 1, vocab + padding).source_shapes((vocab + padding, hidden))
+    with pytest.raises(ConversionError, match="rows with padding are fewer than the"):
+        PaddedRows("embedding", "embed_tokens", vocab + padding + 1, vocab + padding).source_shapes((vocab + padding, hidden))
 
 
 @given(st.lists(SMALL, min_size=1, max_size=3))
@@ -92,7 +94,7 @@ def test_tied_head_reads_the_embedding_and_writes_nothing() -> None:
     assert rule.sources == ("model.embed_tokens.weight",)
     assert not rule.exported
     assert not rule.required
-    assert PaddedVocab("a", "b", 5, 8).exported
+    assert PaddedRows("a", "b", 5, 8).exported
 
 
 def test_drop_matches_whole_names() -> None:

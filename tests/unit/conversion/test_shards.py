@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mswift.conversion.rules import FusedGateUp, FusedQKV, PaddedVocab, Piece, Rename, Rule
+from mswift.conversion.rules import FusedGateUp, FusedQKV, PaddedRows, Piece, Rename, Rule
 from mswift.conversion.shards import Shard, cut_sources, join, source_slices, take
 from mswift.errors import ConversionError
 
@@ -61,7 +61,7 @@ def test_vocabulary_padding_may_fill_whole_ranks(size: int, unit: int, hidden: i
     vocab = data.draw(st.integers(1, unit * size))
     rows = torch.randn(vocab, hidden)
     whole = torch.cat([rows, torch.zeros(unit * size - vocab, hidden)])
-    assert_shards(PaddedVocab("e", "embed", vocab, unit * size), {"embed": rows}, whole, list(whole.chunk(size)), 0)
+    assert_shards(PaddedRows("e", "embed", vocab, unit * size), {"embed": rows}, whole, list(whole.chunk(size)), 0)
 
 
 @given(SIZES, st.integers(1, 4), st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16]))

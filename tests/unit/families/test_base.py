@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 
 from mswift.errors import ConfigError, ModelError
 from mswift.families import families, find_family
-from mswift.families.base import MegatronDescription, choose_dtype
+from mswift.families.base import AttentionStyle, MegatronDescription, choose_dtype
+from tests.parity.cases import CASES
+
+ROOT = Path(__file__).parents[3]
 
 
 def description(heads: int, groups: int, vocab_size: int) -> MegatronDescription:
     fields: dict[str, Any] = {"num_attention_heads": heads, "num_query_groups": groups}
-    return MegatronDescription(fields, vocab_size, max_sequence_length=64, tied=False, inv_freq=torch.ones(1))
+    return MegatronDescription(fields, vocab_size, max_sequence_length=64, tied=False, attention=AttentionStyle((), ()))
 
 
 def test_families_are_found_by_architecture() -> None:
@@ -35,7 +39,7 @@ def test_an_unknown_architecture_is_refused_with_the_nearest() -> None:
         find_family(["Qwen3ForCausalLN"], "here")
     assert "\n" not in str(caught.value)
     for nothing in (None, [], "LlamaForCausalLM", [7]):
-        with pytest.raises(ModelError, match=r"here: config.json has architectures .*, wanted a list with one of LlamaForCausalLM, "):
+        with pytest.raises(ModelError, match=r"here: config.json has architectures .*, wanted a list with one of Cohere2ForCausalLM, "):
             find_family(nothing, "here")
 
 
@@ -70,3 +74,14 @@ def test_padded_groups(heads: int, groups: int, tp: int, padded: int) -> None:
     assert sizes.padding(tp).groups == padded
     assert sizes.padding(1).groups == groups
     assert sizes.heads_per_group == heads // groups
+
+
+def test_the_table_of_models_is_that_of_the_registry() -> None:
+    """Written anew by ``python -m tests.parity.table``."""
+    lines = [line for line in (ROOT / "docs" / "models.md").read_text(encoding="utf8").splitlines() if line.startswith("| ")][1:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in cells] == [family.name for family in families()]
+    for row, family in zip(cells, families(), strict=True):
+        assert row[1] == ", ".join(f"`{name}`" for name in family.architectures)
+        assert row[2] == ", ".join(CASES[family.name])
+        assert float(row[3]) < 1e-4

@@ -9,8 +9,9 @@ import torch
 
 from mswift.conversion.rules import Drop, Rule, TiedHead
 from mswift.errors import ModelError
-from mswift.families import families, find_family
-from mswift.families.common import ROTARY_TYPES, rotary, sliding_window, transformer_fields
+from mswift.families import families
+from mswift.families.common import transformer_fields, windows
+from mswift.families.rotations import rotation
 from tests.parity.cases import every_case, options_of
 from tests.tiny import DIMENSIONS, config_of, make_model
 
@@ -27,49 +28,66 @@ SCALINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", ROTARY_TYPES)
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_rotary_frequencies_are_those_of_transformers(kind: str) -> None:
     config = config_of("llama", rope_parameters=SCALINGS[kind])
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     theirs = LlamaRotaryEmbedding(config)
-    inv_freq, factor = rotary(config, 20)
-    assert inv_freq.dtype == torch.float32
-    assert torch.equal(inv_freq, theirs.inv_freq)
-    assert factor == pytest.approx(theirs.attention_scaling)
-    assert (factor != 1.0) == (kind == "yarn")
+    mine = rotation(config, 20)
+    assert mine.inv_freq_of(7).dtype == torch.float32
+    assert torch.equal(mine.inv_freq_of(7), theirs.inv_freq)
+    assert mine.factor == pytest.approx(theirs.attention_scaling)
+    assert (mine.factor != 1.0) == (kind == "yarn")
+    assert mine.changes == ()
+
+
+@pytest.mark.parametrize("length", [5, 64, 65, 200])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_follow_the_length(kind: str, length: int) -> None:
+    """Those that a model of transformers has after it has seen a sequence of this length."""
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    factors = {"short_factor": [1.0 + i for i in range(10)], "long_factor": [3.0 + 2 * i for i in range(10)]}
+    parameters = rope(kind, factor=2.0) if kind == "dynamic" else rope(kind, **factors, original_max_position_embeddings=64)
+    config = config_of("phi3", max_position_embeddings=64 if kind == "dynamic" else 256, original_max_position_embeddings=64)
+    config.rope_parameters = {**parameters, "partial_rotary_factor": 1.0}
+    theirs = Phi3RotaryEmbedding(config)
+    theirs(torch.zeros(1), torch.arange(length)[None])
+    mine = rotation(config, 20)
+    assert mine.changes == (64,)
+    torch.testing.assert_close(mine.inv_freq_of(length), theirs.inv_freq.float())
+    assert torch.equal(mine.inv_freq_of(length), mine.inv_freq_of(1)) == (length <= 64)
+    assert mine.factor == pytest.approx(theirs.attention_scaling)
 
 
 def test_configs_of_older_transformers_mean_the_same() -> None:
     """As Llama 3.1 writes them: the base beside the scaling, the kind of scaling under either name."""
     from transformers import LlamaConfig
 
+    def frequencies(config: Any) -> torch.Tensor:
+        return rotation(config, 20).inv_freq_of(1)
+
     scaling = {name: value for name, value in SCALINGS["llama3"].items() if name != "rope_theta"}
-    new = rotary(config_of("llama", rope_parameters=SCALINGS["llama3"]), 20)[0]
+    new = frequencies(config_of("llama", rope_parameters=SCALINGS["llama3"]))
     for key in ("rope_type", "type"):
         old = {**scaling, key: scaling["rope_type"]}
         if key == "type":
             del old["rope_type"]
-        config = LlamaConfig.from_dict({**DIMENSIONS, "rope_theta": 10000.0, "rope_scaling": old})
-        assert torch.equal(rotary(config, 20)[0], new)
-    plain = LlamaConfig.from_dict({**DIMENSIONS, "rope_theta": 250.0})
-    assert rotary(plain, 20)[0][1].item() == pytest.approx(250.0**-0.1)
+        assert torch.equal(frequencies(LlamaConfig.from_dict({**DIMENSIONS, "rope_theta": 10000.0, "rope_scaling": old})), new)
+    assert frequencies(LlamaConfig.from_dict({**DIMENSIONS, "rope_theta": 250.0}))[1].item() == pytest.approx(250.0**-0.1)
 
 
-def test_a_scaled_rotation_scales_the_scores_by_its_square() -> None:
-    config = config_of("llama", rope_parameters=SCALINGS["yarn"])
-    description = find_family(["LlamaForCausalLM"], "here").describe(config)
-    _, factor = rotary(config, 20)
-    assert description.transformer["softmax_scale"] == pytest.approx(factor**2 / 20**0.5)
-    assert "softmax_scale" not in find_family(["LlamaForCausalLM"], "here").describe(config_of("llama")).transformer
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_frequencies_that_follow_the_length_are_refused(kind: str) -> None:
+def test_an_unknown_rotation_is_refused() -> None:
     config = config_of("llama")
-    config.rope_parameters = rope(kind, factor=2.0)
-    with pytest.raises(ModelError, match=f"rotary type '{kind}' is not supported exactly; wanted one of default, linear, llama3, yarn"):
-        rotary(config, 20)
+    config.rope_parameters = rope("spiral", factor=2.0)
+    with pytest.raises(ModelError, match="rotary type 'spiral' is not supported exactly; wanted one of default, linear, llama3, yarn, "):
+        rotation(config, 20)
+
+
+def test_partial_rotations() -> None:
+    parameters = rope("default", partial_rotary_factor=0.6)
+    assert rotation(config_of("nemotron", hidden_act="relu2", rope_parameters=parameters), 20).inv_freq_of(1).shape == (6,)
 
 
 def test_an_activation_that_the_family_lacks_is_refused() -> None:
@@ -88,10 +106,11 @@ def test_head_size(changes: dict[str, Any], head_dim: int) -> None:
 
 def test_windows() -> None:
     used = {"use_sliding_window": True, "sliding_window": 6}
-    assert sliding_window(config_of("qwen2", **used, max_window_layers=2)) == {"window_size": (5, 0), "window_attn_skip_freq": [0, 0, 1, 1]}
-    assert sliding_window(config_of("qwen3", **used, max_window_layers=0))["window_attn_skip_freq"] == [1, 1, 1, 1]
-    assert sliding_window(config_of("qwen2", **used, max_window_layers=4)) == {}
-    assert sliding_window(config_of("qwen2", use_sliding_window=False, sliding_window=6, max_window_layers=2)) == {}
+    assert windows(config_of("qwen2", **used, max_window_layers=2)) == {"window_size": (5, 0), "window_attn_skip_freq": [0, 0, 1, 1]}
+    assert windows(config_of("qwen3", **used, max_window_layers=0))["window_attn_skip_freq"] == [1, 1, 1, 1]
+    assert windows(config_of("qwen2", **used, max_window_layers=4)) == {}
+    assert windows(config_of("mistral", sliding_window=6)) == {"window_size": (5, 0), "window_attn_skip_freq": [1, 1, 1, 1]}
+    assert windows(config_of("qwen2", use_sliding_window=False, sliding_window=6, max_window_layers=2)) == {}
 
 
 @pytest.mark.parametrize("case", every_case())

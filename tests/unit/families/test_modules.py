@@ -70,7 +70,7 @@ def test_core_attention() -> None:
 
 
 def _windows(rank: int, world: int) -> list[Any]:
-    from mswift.families.modules import _window_of_layer
+    from mswift.families.modules.attention import _window_of_layer
 
     every = _config()
     some = _config(window_size=(7, 0), window_attn_skip_freq=[1, 0, 0, 1])
@@ -87,24 +87,33 @@ def test_which_layer_has_a_window() -> None:
     assert always == [1, 1, 1, 1]
 
 
-def _norm(rank: int, world: int) -> tuple[Tensor, ...]:
-    from mswift.families.modules import RMSNorm
-
-    norm = RMSNorm(_config(params_dtype=torch.bfloat16, bf16=True, sequence_parallel=False), 24, eps=1e-3)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        norm.weight.copy_(torch.rand(24, generator=generator) + 0.5)
-    x = (torch.randn(7, 3, 24, generator=generator) * 3).bfloat16()
-    return x, norm.weight.detach(), norm(x).detach()
+STYLES = [("rms", False), ("rms", True), ("layer", False), ("layer", True)]
 
 
-def test_norm_is_rounded_once() -> None:
-    x, weight, found = run_distributed(_norm, 1)[0]
-    wide = x.double()
-    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
-    assert found.dtype == weight.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), exact, atol=0, rtol=2**-8)
-    assert (found == exact.bfloat16()).double().mean() > 0.98
+def _norms(rank: int, world: int) -> list[tuple[Tensor, ...]]:
+    from mswift.families.base import NormStyle
+    from mswift.families.modules import Norm
+
+    generator, found = torch.Generator().manual_seed(1), []
+    for kind, zero_centred in STYLES:
+        style = NormStyle(kind, zero_centred, bias=kind == "layer")  # type: ignore[arg-type]
+        norm = Norm(_config(params_dtype=torch.bfloat16, bf16=True, sequence_parallel=False), 24, eps=1e-3, style=style)
+        with torch.no_grad():
+            for parameter in norm.parameters():
+                parameter.copy_(torch.rand(24, generator=generator) + 0.5)
+        x = (torch.randn(7, 3, 24, generator=generator) * 3).bfloat16()
+        bias = torch.zeros(24) if norm.bias is None else norm.bias.detach()
+        found.append((x, norm.weight.detach(), bias, norm(x).detach()))
+    return found
+
+
+def test_norms_are_rounded_once() -> None:
+    for (kind, zero_centred), (x, weight, bias, found) in zip(STYLES, run_distributed(_norms, 1)[0], strict=True):
+        wide = x.double() if kind == "rms" else x.double() - x.double().mean(-1, keepdim=True)
+        exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (weight.double() + zero_centred) + bias.double()
+        assert found.dtype == weight.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, atol=2**-9, rtol=2**-8)
+        assert (found == exact.bfloat16()).double().mean() > 0.97
 
 
 def _build(rank: int, world: int, run: Run) -> str:

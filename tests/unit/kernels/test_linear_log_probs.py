@@ -27,10 +27,13 @@ def inputs(tokens: int, hidden: int, vocab: int, *, padding: int = 0, ignored: f
     return states, weight, labels, torch.randn(tokens, generator=generator)
 
 
-def reference(states: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, vocab: int) -> Result:
+def reference(
+    states: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, vocab: int, factor: float = 1.0, softcap: float | None = None
+) -> Result:
     """By log_softmax over all logits, in fp64."""
     states, weight = states.double().requires_grad_(), weight.double().requires_grad_()
-    log_probs = (states @ weight[:vocab].t()).log_softmax(-1)
+    logits = (states @ weight[:vocab].t()) * factor
+    log_probs = (logits if softcap is None else torch.tanh(logits / softcap) * softcap).log_softmax(-1)
     values = log_probs.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).masked_fill(labels == IGNORE, 0.0)
     grads = torch.autograd.grad(values, (states, weight), upstream.double())
     return values.detach(), *grads
@@ -65,15 +68,26 @@ def assert_equal(found: tuple[Tensor, Tensor, Tensor | None], expected: Result, 
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
     trained=st.booleans(),
     chunk=st.sampled_from([1, 2**20]),  # 16 rows at a time, or all
+    limits=st.sampled_from([(1.0, None), (0.3, None), (1.0, 2.0), (1.7, 5.0)]),
     seed=st.integers(0, 100),
 )
-def test_values_and_gradients(tokens: int, hidden: int, vocab: int, padding: int, ignored: float, trained: bool, chunk: int, seed: int) -> None:
+def test_values_and_gradients(
+    tokens: int,
+    hidden: int,
+    vocab: int,
+    padding: int,
+    ignored: float,
+    trained: bool,
+    chunk: int,
+    limits: tuple[float, float | None],
+    seed: int,
+) -> None:
     data = inputs(tokens, hidden, vocab, padding=padding, ignored=ignored, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK_BYTES", chunk)
-        found = compute(*data, trained=trained, vocab_size=vocab)
+        found = compute(*data, trained=trained, vocab_size=vocab, logit_scale=limits[0], softcap=limits[1])
     assert found[0].dtype == torch.float32
-    assert_equal(found, reference(*data, vocab), trained=trained)
+    assert_equal(found, reference(*data, vocab, *limits), trained=trained)
     assert bool((found[0][data[2] == IGNORE] == 0).all())
     if trained:
         assert found[2] is not None

@@ -1,0 +1,22 @@
+"""Modules of ours that go into megatron-core's layer specs: what its own local ones lack, never a change to them."""
+
+from __future__ import annotations
+
+from mswift.families.modules.attention import DecoderAttention, SdpaAttention
+from mswift.families.modules.causal_lm import CausalLM
+from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
+from mswift.families.modules.norms import HeadNorm, Norm
+from mswift.families.modules.rotary import RotaryTables
+
+__all__ = [
+    "AddToResidual",
+    "BiasedColumnParallelLinear",
+    "BiasedRowParallelLinear",
+    "CausalLM",
+    "DecoderAttention",
+    "HeadNorm",
+    "Norm",
+    "ParallelBlock",
+    "RotaryTables",
+    "SdpaAttention",
+]

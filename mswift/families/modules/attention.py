@@ -1,0 +1,150 @@
+"""Attention: grouped queries through torch's scaled_dot_product_attention, rotated before the cache, with the norms and limits that families add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from mswift.errors import ConfigError
+from mswift.families.base import AttentionStyle
+from mswift.families.modules.norms import HeadNorm
+from mswift.families.modules.rotary import rotate
+from mswift.runtime.precision import widen
+
+
+class SdpaAttention(MegatronModule):
+    """Core attention by torch's scaled_dot_product_attention: causal, grouped queries, sliding windows, no stored score matrix."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ConfigError(f"context parallelism {config.context_parallel_size} is not supported by the SDPA core attention; use 1")
+        self.layer_number = layer_number
+        self.scale = softmax_scale or config.softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.window, self.softcap = _window_of_layer(config, layer_number), softcap
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Causal attention in which the last query stands at the last key.
+
+        Args:
+            query: ``[sq, b, heads, dim]``. key, value: ``[sk, b, groups, dim]``, sk >= sq.
+            attention_mask: bool ``[b or 1, 1, sq, sk]``, True = hidden, on top of the causal mask; None: nothing more is hidden.
+
+        Returns:
+            ``[sq, b, heads * dim]``.
+        """
+        sq, batch, heads, _ = query.shape
+        sk, _, groups, _ = key.shape
+        q, k, v = (widen(t).permute(1, 2, 0, 3) for t in (query, key, value))
+        if self.softcap is not None:
+            out = self._with_soft_cap(q, k, v, self._visible(sq, sk, attention_mask, query.device, always=True), self.softcap)
+            return out.permute(2, 0, 1, 3).reshape(sq, batch, -1).to(query.dtype)
+        visible = self._visible(sq, sk, attention_mask, query.device)
+        causal = visible is None and sq > 1
+        p = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=groups != heads)
+        return out.permute(2, 0, 1, 3).reshape(sq, batch, -1).to(query.dtype)
+
+    def _with_soft_cap(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, cap: float) -> Tensor:
+        """Written out, since torch's own attention has no place for the cap; scores ``[b, heads, sq, sk]`` are stored."""
+        repeats = q.shape[1] // k.shape[1]
+        k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+        scale = self.scale or q.shape[-1] ** -0.5
+        scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * (scale / cap)) * cap
+        scores = scores.masked_fill(~visible, -torch.inf) if visible is not None else scores
+        weights = F.dropout(scores.softmax(-1, dtype=torch.float32), self.dropout, self.training).to(v.dtype)
+        return torch.matmul(weights, v)
+
+    def _visible(self, sq: int, sk: int, hidden: Tensor | None, device: torch.device, *, always: bool = False) -> Tensor | None:
+        """The mask to give to SDPA (True = may look), or None where its own causal flag says the same."""
+        window = sk if self.window is None else self.window
+        windowed = sk > window
+        if hidden is None and not windowed and (sq == sk or sq == 1) and not always:
+            return None
+        distance = torch.arange(sk - sq, sk, device=device)[:, None] - torch.arange(sk, device=device)
+        visible = distance >= 0
+        if windowed:
+            visible &= distance < window
+        return visible if hidden is None else visible & ~hidden
+
+
+class DecoderAttention(SelfAttention):
+    """megatron's attention that rotates queries and keys by the layer's own rotation, before keys go into a cache (the stock one rotates the
+    whole cache again for every new token), and has norms and query factors that the stock one lacks.
+
+    Args:
+        style: what the family's attention does.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, style: AttentionStyle, real_groups: int, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.style = style
+        self.rotation = style.rotation_of_layer[self.layer_number - 1]
+        if style.head_norm in ("own", "full"):
+            per_group = config.num_attention_heads // config.num_query_groups
+            copies = max(1, self.world_size // config.num_query_groups)
+            rank, local = self.tp_group.rank(), config.num_attention_heads // self.world_size
+            common: dict[str, Any] = {"style": style.head_norm, "norm": style.norm, "group": self.tp_group}
+            self.q_layernorm = HeadNorm(
+                config, heads=config.num_attention_heads, real_heads=real_groups * per_group, first=rank * local, copies=1, **common
+            )
+            groups = self.num_query_groups_per_partition
+            first = rank // copies * groups
+            self.k_layernorm = HeadNorm(config, heads=config.num_query_groups, real_heads=real_groups, first=first, copies=copies, **common)
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: tuple[Tensor, Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        start, padding = (0, None) if inference_context is None else (inference_context.sequence_len_offset, inference_context.left_padding)
+        if rotary_pos_emb is not None and self.rotation is not None:
+            table = rotary_pos_emb[0][self.rotation, :, start : start + key.shape[0]]
+            query, key = (rotate(part, table, interleaved=self.style.interleaved) for part in (query, key))
+        if self.style.query_factor is not None:
+            positions = torch.arange(start, start + query.shape[0], device=query.device)[:, None]
+            positions = positions if padding is None else (positions - padding).clamp(min=0)
+            query = query * self.style.query_factor(positions).to(query.dtype)[:, :, None, None]
+        return super()._adjust_key_value_for_inference(inference_context, query, key, value, None, *args, **kwargs)
+
+
+def _window_of_layer(config: TransformerConfig, layer_number: int) -> int | None:
+    """Tokens that a query sees, itself included; None where the layer (counted from 1) sees all before it."""
+    if config.window_size is None:
+        return None
+    skip = config.window_attn_skip_freq
+    full = layer_number % skip == 0 if isinstance(skip, int) else skip is not None and not skip[layer_number - 1]
+    return None if full else config.window_size[0] + 1

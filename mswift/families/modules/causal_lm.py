@@ -1,0 +1,61 @@
+"""megatron-core's GPTModel with what families put around its blocks: a factor on the embedding, a factor and a cap on the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from mswift.families.base import MegatronDescription
+from mswift.kernels.linear_log_probs import linear_log_probs
+
+
+class CausalLM(GPTModel):
+    """megatron-core's GPTModel whose answer to labels is a log-probability per token, computed without storing logits."""
+
+    def __init__(self, *args: Any, description: MegatronDescription, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.description = description
+        if self.pre_process and description.embedding_scale != 1.0:
+            self.embedding.register_forward_hook(self._scale_embedding)
+
+    def forward(self, *args: Any, inference_context: Any = None, **kwargs: Any) -> Tensor:
+        """As GPTModel; in answering it is the prompt that decides which rotary frequencies hold."""
+        self.rotary_pos_emb.length = None if inference_context is None else inference_context.rotary_length
+        return super().forward(*args, inference_context=inference_context, **kwargs)
+
+    def _scale_embedding(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output * torch.tensor(self.description.embedding_scale, dtype=output.dtype, device=output.device)  # rounded as the families do
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output head, ``[padded vocabulary / tp, hidden]``."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Log-probabilities fp32 ``[b, s]`` where labels are given, else what GPTModel returns."""
+        if labels is None or not self.post_process:
+            output = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+            return self._limit(output) if self.post_process else output
+        group = self.pg_collection.tp
+        parallel_sequence = self.config.sequence_parallel and group.size() > 1
+        if parallel_sequence:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        log_probs = linear_log_probs(
+            hidden_states,
+            self.output_weight(),
+            labels.t(),
+            vocab_size=self.description.vocab_size,
+            logit_scale=self.description.logit_scale,
+            softcap=self.description.logit_softcap,
+            group=group,
+            reduce_grad=not parallel_sequence,  # the gather's backward pass adds the parts
+        )
+        return log_probs.t()
+
+    def _limit(self, logits: Tensor) -> Tensor:
+        scale, cap = self.description.logit_scale, self.description.logit_softcap
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap

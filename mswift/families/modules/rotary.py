@@ -1,0 +1,59 @@
+"""Rotary positions: one table or several, from any inverse frequencies, full or partial, in halves or in neighbouring pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor, nn
+
+from mswift.families.base import Rotation
+
+
+class RotaryTables(nn.Module):
+    """Cosines and sines of all positions, for every rotation that some layer of the model uses; stands where GPTModel has its own embedding."""
+
+    get_rotary_seq_len = RotaryEmbedding.get_rotary_seq_len
+
+    def __init__(self, rotations: tuple[Rotation, ...], device: torch.device) -> None:
+        super().__init__()
+        self.rotations, self.device = rotations, device
+        self.changes = tuple({place for rotation in rotations for place in rotation.changes})
+        self._known: dict[tuple[int, tuple[bool, ...]], Tensor] = {}
+        self.length: int | None = None
+
+    def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
+        """fp32 ``[rotations, 2 (cosine, sine), max_seq_len, rotary dim / 2]``.
+
+        Where frequencies depend on the length of the sequence that is `length` if it is set (a prompt: the room for its answer does not
+        count), else `max_seq_len`.
+        """
+        length = self.length or max_seq_len
+        key = (max_seq_len, tuple(length > place for place in self.changes)) if self.changes else (max_seq_len, ())
+        table = self._known.get(key)
+        if table is None or (self.changes and any(rotation.continuous for rotation in self.rotations)):
+            table = torch.stack([self._table(rotation, max_seq_len, length) for rotation in self.rotations])
+            while len(self._known) >= 32:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = table
+        return table
+
+    def _table(self, rotation: Rotation, positions: int, length: int) -> Tensor:
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), rotation.inv_freq_of(length))
+        return torch.stack((angles.cos(), angles.sin())).mul_(rotation.factor).to(self.device)
+
+
+def rotate(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
+    """`x` ``[s, b, heads, dim]`` turned by `table` ``[2, s, r / 2]``: its first r columns, the rest passes through; fp32, rounded once."""
+    cos, sin = table[:, :, None, None, :]
+    width = 2 * table.shape[-1]
+    turned, rest = x[..., :width].float(), x[..., width:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        result = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        result = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    result = result.to(x.dtype)
+    return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result

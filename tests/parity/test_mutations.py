@@ -1,0 +1,100 @@
+"""What a wrong bridge looks like: each small mistake in a description or a rule must show in the parity tests, or they prove nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from mswift.conversion.rules import AnyRule, FusedGateUp, FusedQKV
+from tests.distributed.harness import run_distributed
+from tests.distributed.runs import Run, open_model
+from tests.parity.cases import options_of
+from tests.parity.ranks import logits_of
+from tests.parity.reference import distance, measure_reference, random_batches
+from tests.tiny import make_model
+
+Change = Callable[[Any], Any]
+
+
+def swap_gate_and_up(rule: AnyRule) -> AnyRule:
+    return replace(rule, gate=rule.up, up=rule.gate) if isinstance(rule, FusedGateUp) else rule
+
+
+def swap_keys_and_values(rule: AnyRule) -> AnyRule:
+    return replace(rule, k=rule.v, v=rule.k) if isinstance(rule, FusedQKV) else rule
+
+
+def attention(**changes: Any) -> Change:
+    return lambda description: replace(description, attention=replace(description.attention, **changes))
+
+
+def wider_window(description: Any) -> Any:
+    width, _ = description.transformer["window_size"]
+    return replace(description, transformer={**description.transformer, "window_size": (width + 1, 0)})
+
+
+def centred_at_one(description: Any) -> Any:
+    return replace(description, norm=replace(description.norm, zero_centred=False))
+
+
+def another_scale(description: Any) -> Any:
+    return replace(description, transformer={**description.transformer, "softmax_scale": None})
+
+
+DESCRIPTIONS: dict[str, tuple[str, Change]] = {
+    "a window of one token more": ("mistral/windows", wider_window),
+    "a norm without its one": ("gemma/plain", centred_at_one),
+    "a head norm without its one": ("gemma3_text/plain", lambda d: attention(norm=replace(d.attention.norm, zero_centred=False))(d)),
+    "halves in place of pairs": ("glm4/plain", attention(interleaved=False)),
+    "pairs in place of halves": ("llama/plain", attention(interleaved=True)),
+    "a layer without rotation": ("qwen3/plain", lambda d: attention(rotation_of_layer=(0, 0, 0, None))(d)),
+    "no cap on the scores": ("gemma2/plain", attention(softcap=None)),
+    "no cap on the logits": ("gemma2/plain", lambda d: replace(d, logit_softcap=None)),
+    "the usual scale of the scores": ("granite/plain", another_scale),
+    "no factor on the sublayers": ("granite/plain", lambda d: replace(d, residual_scale=0.5)),
+    "no factor on the embedding": ("gemma/plain", lambda d: replace(d, embedding_scale=1.0)),
+    "no factor on the logits": ("cohere/plain", lambda d: replace(d, logit_scale=1.0)),
+    "a rotation everywhere": ("smollm3/plain", attention(rotation_of_layer=(0, 0, 0, 0))),
+    "the wrong rotation": ("gemma3_text/scaled", lambda d: attention(rotations=d.attention.rotations[::-1])(d)),
+    "no growth of the queries": ("ministral3/plain", attention(query_factor=None)),
+}
+RULES: dict[str, tuple[str, Change]] = {
+    "gate and up swapped": ("llama/plain", swap_gate_and_up),
+    "keys and values swapped": ("qwen3/plain", swap_keys_and_values),
+}
+
+
+def right_and_wrong(rank: int, world: int, run: Run, name: str) -> tuple[Tensor, Tensor]:
+    """Logits of a model as it is, and built or filled with one mistake."""
+    from mswift.families import base
+    from mswift.families.model import read_hf_config
+
+    ids = random_batches()[0].input_ids
+    right = logits_of(open_model(run, world), ids)
+    family = base.find_family(read_hf_config(run.checkpoint).architectures, "here")
+    if name in DESCRIPTIONS:
+        change = DESCRIPTIONS[name][1]
+        base.register(replace(family, describe=lambda hf: change(family.describe(hf))))
+    else:
+        change = RULES[name][1]
+        base.register(replace(family, rules=lambda hf, padding: tuple(change(rule) for rule in family.rules(hf, padding))))
+    wrong = logits_of(open_model(run, world), ids)
+    assert right is not None
+    assert wrong is not None
+    return right, wrong
+
+
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, *RULES])
+def test_a_mistake_shows(name: str, tmp_path: Path) -> None:
+    family, changes = options_of({**DESCRIPTIONS, **RULES}[name][0])
+    model = make_model(family, **changes)
+    model.save_pretrained(tmp_path / "model")
+    expected = measure_reference(model, random_batches()).logits
+    ((right, wrong),) = run_distributed(right_and_wrong, 1, Run(tmp_path / "model"), name)
+    assert distance(right, expected) < 1e-4
+    assert distance(wrong, expected) > 1e-3
