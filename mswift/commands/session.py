@@ -213,6 +213,7 @@ def load_model(session: Session, model: ModelSection, parallel: ParallelSection,
         dtype=model.torch_dtype,
         sequence_parallel=parallel.sequence_parallel,
         trust_remote_code=model.trust_remote_code,
+        allow_unknown_config=model.allow_unknown_config,
         transformer=transformer,
     )
     with progress_bar("loading the model") as progress:

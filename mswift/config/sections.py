@@ -29,6 +29,7 @@ class ModelSection:
     model_revision: str | None = option(None, "Branch, tag or commit on the hub", auto="the hub's main branch")
     torch_dtype: Literal["bfloat16", "float32"] | None = option(None, "Precision of weights and arithmetic", auto="the checkpoint's own")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint")
+    allow_unknown_config: bool = option(False, "Go on although config.json has fields that may change the model and are not understood")
     use_hf: bool = option(True, "Download from Hugging Face (false: ModelScope); without the flag, USE_HF=0 in the environment says the same")
     hub_token: str | None = option(
         None, "Token for private or gated repositories; never written to a file", auto="the login of the hub's own tool", secret=True

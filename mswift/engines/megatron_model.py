@@ -16,6 +16,7 @@ from torch import nn
 from mswift.conversion.adapters import lora_from_peft, lora_to_peft, unplaced_modules
 from mswift.conversion.collective import ExportGroups, agree, gather_small
 from mswift.conversion.coverage import rules_by_target
+from mswift.conversion.directories import CONFIG_FILE, read_json
 from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LoadReport, LocalParameter, Progress, all_names, load_weights
@@ -26,6 +27,7 @@ from mswift.conversion.shards import take
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
+from mswift.families.fields import check_fields
 from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, shard_of, transformer_config
 from mswift.families.modules import CausalLM
 from mswift.log import is_main_process
@@ -54,6 +56,7 @@ class BuildSettings:
     Args:
         directory: Hugging Face directory. dtype: ``bfloat16``, ``float32`` or None for the checkpoint's own.
         sequence_parallel: split activations over tensor-parallel ranks between the products.
+        allow_unknown_config: go on where config.json has fields that may change the model and that its family does not read.
         transformer: further TransformerConfig fields (recomputation).
     """
 
@@ -61,6 +64,7 @@ class BuildSettings:
     dtype: str | None = None
     sequence_parallel: bool = False
     trust_remote_code: bool = False
+    allow_unknown_config: bool = False
     transformer: dict[str, Any] | None = None
 
 
@@ -77,6 +81,9 @@ class MegatronModel:
         self.reader = CheckpointReader(settings.directory)
         self.hf_config: HfConfig = read_hf_config(settings.directory, trust_remote_code=settings.trust_remote_code)
         self.family: ModelFamily = find_family(self.hf_config.architectures, str(settings.directory))
+        if not settings.allow_unknown_config:
+            path = settings.directory / CONFIG_FILE
+            check_fields(read_json(path), self.hf_config, self.family.describe, str(path))
         self.description: MegatronDescription = self.family.describe(self.hf_config)
         self.dtype: torch.dtype = _DTYPES[choose_dtype(settings.dtype, self.hf_config.dtype, str(settings.directory))]
         self.config = transformer_config(

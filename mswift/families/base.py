@@ -169,10 +169,12 @@ def find_family(architectures: object, where: str) -> ModelFamily:
             return _FAMILIES[name]
     known = sorted(_FAMILIES)
     if not names:
-        raise ModelError(f"{where}: config.json has architectures {architectures!r}, wanted a list with one of {', '.join(known)}; mend it")
+        raise ModelError(f"{where}: config.json has architectures {architectures!r}, wanted a list with one, such as {known[-1]}; mend it")
     nearest = difflib.get_close_matches(names[0], known, n=1, cutoff=0.0)
-    got = ", ".join(names)
-    raise ModelError(f"{where}: architecture {got} is not supported; nearest supported: {nearest[0]}; all: {', '.join(known)}; take one of these")
+    raise ModelError(
+        f"{where}: architecture {', '.join(names)} is not supported; nearest supported: {nearest[0]}; take that, or another of the {len(known)} "
+        "that docs/models.md lists"
+    )
 
 
 def choose_dtype(wanted: str | None, own: object, where: str) -> str:

@@ -37,8 +37,8 @@ class TensorNames:
 
 def field_of(hf: HfConfig, *names: str, default: Any = None) -> Any:
     """The first of these config fields that is there and not None."""
-    known = hf.to_dict()
-    return next((known[name] for name in names if known.get(name) is not None), default)
+    found = (getattr(hf, name, None) for name in names)
+    return next((value for value in found if value is not None), default)
 
 
 def head_size(hf: HfConfig) -> int:

@@ -6,14 +6,14 @@ from typing import Any
 
 from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription, NormStyle
-from mswift.families.common import TensorNames, decoder_family, describe_decoder, rotations, windows
+from mswift.families.common import TensorNames, decoder_family, describe_decoder, field_of, rotations, windows
 
 NORM = NormStyle(zero_centred=True)
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")
 
 
 def _describe(hf: HfConfig, attention: dict[str, Any], transformer: dict[str, Any], **rest: Any) -> MegatronDescription:
-    if hf.to_dict().get("use_bidirectional_attention"):
+    if field_of(hf, "use_bidirectional_attention"):
         raise ModelError(f"use_bidirectional_attention is set: this {hf.model_type} model looks ahead and is not a causal one; it is not supported")
     bias = bool(hf.attention_bias)
     return describe_decoder(

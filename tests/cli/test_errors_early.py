@@ -113,13 +113,13 @@ def pickled_weights(lab: Lab) -> Words:
     return lab.sft()
 
 
-@case("architecture Qwen2MoeForCausalLM is not supported", "nearest supported: Qwen2ForCausalLM", "take one of these")
+@case("architecture Qwen2MoeForCausalLM is not supported", "nearest supported: Qwen2ForCausalLM", "take that, or another of the ")
 def unknown_architecture(lab: Lab) -> Words:
     lab.config(architectures=["Qwen2MoeForCausalLM"])
     return lab.sft()
 
 
-@case("architectures None", "wanted a list with one of LlamaForCausalLM", "mend it")
+@case("architectures None", "wanted a list with one, such as ", "mend it")
 def no_architecture(lab: Lab) -> Words:
     lab.config(architectures=None)
     return lab.sft()

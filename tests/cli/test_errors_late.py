@@ -55,9 +55,9 @@ def activation_of_another_family(lab: Lab) -> Words:
     return lab.sft()
 
 
-@case("rotary type 'dynamic' is not supported exactly", "wanted one of default, linear, llama3, yarn")
+@case("rotary type 'proportional' is not supported exactly", "wanted one of default, linear, llama3, yarn")
 def rotary_that_is_not_supported(lab: Lab) -> Words:
-    lab.config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    lab.config(rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4})
     return lab.sft()
 
 
@@ -82,6 +82,15 @@ def broken_tokenizer(lab: Lab) -> Words:
 @case("m has no usable tokenizer (", "wanted tokenizer.json and tokenizer_config.json", "download them again")
 def tokenizer_of_another_kind(lab: Lab) -> Words:
     (lab.model / "tokenizer.json").write_text('{"a": 1}')
+    return lab.sft()
+
+
+@case(
+    "m/config.json: 2 field(s) that may change the model are not understood (sinks = 4, residual_multiplier = 0.3)",
+    "--allow_unknown_config true",
+)
+def unknown_config_fields(lab: Lab) -> Words:
+    lab.config(sinks=4, residual_multiplier=0.3)
     return lab.sft()
 
 

@@ -1,0 +1,39 @@
+"""Entries of a config.json that change a model and are not read by its family."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mswift.errors import ModelError
+from mswift.families import families
+from mswift.families.fields import check_fields, unknown_fields
+from tests.parity.cases import every_case, options_of
+from tests.tiny import config_of
+
+
+def family_of(name: str) -> Any:
+    return next(family for family in families() if family.name == name)
+
+
+@pytest.mark.parametrize("case", every_case())
+def test_all_that_a_family_has_is_known(case: str) -> None:
+    """Whatever transformers writes of a config of ours, with every default."""
+    name, changes = options_of(case)
+    config = config_of(name, **changes)
+    raw = json.loads(config.to_json_string(use_diff=False))
+    assert unknown_fields(raw, config, family_of(name).describe) == {}
+
+
+def test_what_is_read_is_not_unknown_and_the_rest_is() -> None:
+    config = config_of("llama")
+    raw = json.loads(config.to_json_string(use_diff=False))
+    describe = family_of("llama").describe
+    harmless = {"rope_scaling": {"factor": 2.0}, "_note": "x", "image_token_id": 7, "use_cache": False, "resid_pdrop": 0.1, "new_thing": None}
+    assert unknown_fields({**raw, **harmless}, config, describe) == {}
+    changed = {"attn_logit_softcapping": 50.0, "qk_norm": True, "hidden_size": 72}
+    assert unknown_fields({**raw, **changed}, config, describe) == {"attn_logit_softcapping": 50.0, "qk_norm": True}
+    with pytest.raises(ModelError, match=r"^here: 1 field\(s\) that may change .* \(qk_norm = true\); --allow_unknown_config true goes on"):
+        check_fields({**raw, "qk_norm": True}, config, describe, "here")
