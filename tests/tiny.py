@@ -34,7 +34,7 @@ DIMENSIONS: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-WITHOUT_HEAD_DIM = ("qwen2", "phi3")
+WITHOUT_HEAD_DIM = ("qwen2", "phi3", "olmoe")
 """Families whose heads are as wide as the hidden size over their number."""
 
 

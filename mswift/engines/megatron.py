@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mswift.data.batches import MicroBatch
 from mswift.engines.base import StepResult
 from mswift.engines.megatron_model import MegatronModel
+from mswift.errors import ConfigError
 from mswift.families.model import global_name, shard_of
 from mswift.families.modules import CausalLM
 from mswift.objectives.base import Objective, Outputs
@@ -50,6 +51,8 @@ class MegatronEngine:
     def __init__(self, model: MegatronModel, optimizer: OptimizerSettings, *, seed: int, source: str) -> None:
         self.model, self.groups, self.seed, self.source = model, model.groups, seed, source
         self.config, self.device = model.config, model.runtime.device
+        if self.config.num_moe_experts and self.groups.layout.tp > 1 and not self.config.sequence_parallel:
+            raise ConfigError("a mixture of experts over several tensor-parallel ranks is trained with split sequences: add --sequence_parallel true")
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
         if model.lora is not None and self.config.recompute_granularity == "full":
             self._let_gradients_into_frozen_blocks()

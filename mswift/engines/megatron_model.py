@@ -33,7 +33,7 @@ from mswift.families.modules import CausalLM
 from mswift.log import is_main_process
 from mswift.parallel.groups import Groups
 from mswift.runtime.device import Runtime
-from mswift.tuners.lora import ALL_LINEAR, LoraLinear, LoraSettings, add_lora, lora_modules
+from mswift.tuners.lora import ALL_LINEAR, ROUTED, LoraLinear, LoraSettings, add_lora, lora_modules
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -144,6 +144,9 @@ class MegatronModel:
         shapes = {name: self._whole_shape(name, parameter) for name, parameter in self._wrappable().items()}
         rules = rules_by_target(self.rules)
         fused = {name: pair for name, shape in shapes.items() if (pair := lora_from_peft(rules[name], peft.tensors, shape)) is not None}
+        routed = next((name for name in fused if ROUTED in name), None)
+        if routed is not None:
+            raise ModelError(f"{directory} adapts routed experts ({routed}), which is not supported; merge it into its base with peft instead")
         ranks = [0] * dist.get_world_size()
         dist.all_gather_object(ranks, max((a.shape[0] for a, _ in fused.values()), default=0))
         targets: list[tuple[str, ...]] = [()] * dist.get_world_size()

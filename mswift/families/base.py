@@ -109,6 +109,10 @@ class MegatronDescription:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
+    def is_mixture(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, is a mixture of experts."""
+        return bool(self.transformer.get("num_moe_experts") and self.transformer["moe_layer_freq"][layer])
+
     @property
     def heads_per_group(self) -> int:
         return self.transformer["num_attention_heads"] // self.transformer["num_query_groups"]

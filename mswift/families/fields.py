@@ -61,6 +61,7 @@ def unknown_fields(raw: Mapping[str, Any], hf: HfConfig, describe: Callable[[HfC
     """
     read: set[str] = set()
     describe(_watched(hf, read))
+    read |= {name for pair in type(hf).attribute_map.items() if read.intersection(pair) for name in pair}
     known = _OF_NO_EFFECT | _DROPOUT | read
     known |= {name for field, names in _SAID_OTHERWISE.items() if field in read for name in names}
     plain = type(hf)().to_dict()

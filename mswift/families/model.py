@@ -17,6 +17,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from mswift.conversion.directories import CONFIG_FILE, read_json
@@ -91,9 +92,10 @@ def transformer_config(
     return TransformerConfig(**settings)
 
 
-def _layer_spec(config: TransformerConfig, description: MegatronDescription) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, description: MegatronDescription, layer: int) -> ModuleSpec:
     """megatron's own local spec with our norms, attention and, where the family has them, biased linears and its own way to add up a block."""
-    spec = get_gpt_layer_local_spec(num_experts=None, qk_layernorm=False, normalization="RMSNorm")
+    experts = config.num_moe_experts if description.is_mixture(layer) else None
+    spec = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, qk_layernorm=False, normalization="RMSNorm")
     block = spec.submodules
     norm = ModuleSpec(module=Norm, params={"style": description.norm})
     block.input_layernorm = norm if description.pre_norms else IdentityOp
@@ -127,11 +129,11 @@ def build_model(description: MegatronDescription, config: TransformerConfig, gro
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None
-        spec = _layer_spec(config, description)
-        layers = get_num_layers_to_build(config, vp_stage)
+        first = get_transformer_layer_offset(config, vp_stage, groups.coords.pp)
+        specs = [_layer_spec(config, description, first + layer) for layer in range(get_num_layers_to_build(config, vp_stage))]
         model = CausalLM(
             config,
-            TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ModuleSpec(module=Norm, params={"style": description.norm})),
+            TransformerBlockSubmodules(layer_specs=specs, layer_norm=ModuleSpec(module=Norm, params={"style": description.norm})),
             vocab_size=description.padding(layout.tp).vocab,
             description=description,
             max_sequence_length=description.max_sequence_length,

@@ -27,7 +27,9 @@ from mswift.errors import ConfigError
 from mswift.kernels.lora_linear import lora_linear
 
 ALL_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-"""Module names that ``all-linear`` stands for: every linear layer of a block; the embedding and the head stay as they are."""
+"""Module names that ``all-linear`` stands for: every linear layer of a block; the embedding, the head and routed experts stay as they are."""
+ROUTED = ".experts."
+"""In the name of every module of a routed expert."""
 
 HF_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "linear_qkv": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
@@ -191,7 +193,7 @@ def add_lora(
     wrapped = []
     for name, module in list(model.named_modules()):
         parent_name, _, leaf = name.rpartition(".")
-        if leaf not in settings.targets or not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        if leaf not in settings.targets or ROUTED in name or not isinstance(module, ColumnParallelLinear | RowParallelLinear):
             continue
         kind: Literal["column", "row"] = "column" if isinstance(module, ColumnParallelLinear) else "row"
         setattr(model.get_submodule(parent_name), leaf, LoraLinear(module, global_name(name), settings, kind, width(global_name(name))))

@@ -11,7 +11,9 @@ from tests.parity.cases import CASES
 from tests.parity.checks import check_against_transformers
 
 TP2, PP2 = (2, {"tp": 2}), (2, {"pp": 2})
-PLAIN = [(f"{family}/plain", layout) for family in CASES for layout in (TP2, PP2)]  # 3 groups of heads: TP2 pads them to 4
+SP2 = (2, {"tp": 2, "sequence_parallel": True})
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # megatron-core trains them over tensor-parallel ranks with split sequences only
+PLAIN = [(f"{family}/plain", layout) for family in CASES for layout in (SP2 if family in MIXTURES else TP2, PP2)]  # TP2 pads 3 groups of heads to 4
 SPECIAL = [
     ("llama/biases", TP2),
     ("llama/tied", TP2),
@@ -20,21 +22,23 @@ SPECIAL = [
     ("llama/one-group", TP2),
     ("qwen2/two-groups", (4, {"tp": 4})),
     ("qwen2/windows", (4, {"tp": 2, "pp": 2})),
-    ("qwen3/biases", (2, {"tp": 2, "sequence_parallel": True})),
+    ("qwen3/biases", SP2),
     ("qwen3/one-group", TP2),
     ("qwen3/tied", (2, {"pp": 2, "vpp": 2})),
     ("gemma2/plain", (4, {"tp": 2, "pp": 2})),
     ("gemma3_text/scaled", (2, {"pp": 2, "vpp": 2})),
     ("olmo2/one-group", TP2),
-    ("olmo2/plain", (2, {"tp": 2, "sequence_parallel": True})),
+    ("olmo2/plain", SP2),
     ("cohere/head-norms", TP2),
     ("cohere/one-group", TP2),
-    ("cohere/plain", (2, {"tp": 2, "sequence_parallel": True})),
-    ("starcoder2/plain", (2, {"tp": 2, "sequence_parallel": True})),
+    ("cohere/plain", SP2),
+    ("starcoder2/plain", SP2),
     ("phi3/one-group", TP2),
     ("phi3/longrope-long", (2, {"pp": 2})),
     ("smollm3/plain", (2, {"pp": 2, "vpp": 2})),
-    ("glm4/biases", (2, {"tp": 2, "sequence_parallel": True})),
+    ("glm4/biases", SP2),
+    ("qwen2_moe/normalised-some-dense", (2, {"pp": 2, "vpp": 2})),
+    ("qwen3_moe/not-normalised", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
 ]
 
 

@@ -8,6 +8,7 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fr
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 _MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 _NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 _LONGROPE = {
     "rope_type": "longrope",
@@ -103,6 +104,16 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "plain": _NO_DROPOUT,
         "biases": {"attention_out_bias": True, "mlp_bias": True, **_NO_DROPOUT},
         "no-biases": {"attention_bias": False, **_NO_DROPOUT},
+    },
+    "mixtral": {"plain": {"num_local_experts": 5, "num_experts_per_tok": 2}, "windows": {"num_local_experts": 4, "sliding_window": 6}},
+    "qwen2_moe": {
+        "plain": {**_EXPERTS, "shared_expert_intermediate_size": 44, "qkv_bias": True},
+        "normalised-some-dense": {**_EXPERTS, "shared_expert_intermediate_size": 44, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    },
+    "qwen3_moe": {"plain": {**_EXPERTS, "norm_topk_prob": True}, "not-normalised": {**_EXPERTS, "norm_topk_prob": False, "decoder_sparse_step": 2}},
+    "olmoe": {
+        "plain": {"num_experts": 6, "num_experts_per_tok": 3},
+        "normalised": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
     },
     "nemotron": {"plain": {"hidden_act": "relu2"}, "biases": {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True}},
 }

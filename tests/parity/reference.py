@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,21 @@ def _random_batch(index: int, shape: tuple[int, int], generator: torch.Generator
     labels = ids[:, 1:].masked_fill(weights == 0, IGNORED_LABEL)
     positions = torch.arange(shape[1]).expand(shape).contiguous()
     return MicroBatch(ids[:, :-1].contiguous(), labels, weights, positions, index, ids[:, :-1].numel(), [])
+
+
+def written_tensors(model: Any) -> dict[str, Tensor]:
+    """The model's tensors as a checkpoint has them: transformers 5 holds the experts of a layer in one tensor and writes them one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return {name: tensor.clone() for name, tensor in load_tensors(Path(folder)).items()}
+
+
+def written_gradients(model: Any) -> dict[str, Tensor]:
+    """The gradient of each of them; the weights are lost."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    return written_tensors(model)
 
 
 def measure_reference(model: Any, batches: Sequence[MicroBatch]) -> Measured:

@@ -32,6 +32,8 @@ CASES = (
     ("cohere/head-norms", "float32"),
     ("starcoder2/plain", "bfloat16"),
     ("nemotron/biases", "float32"),
+    ("mixtral/plain", "bfloat16"),
+    ("qwen2_moe/normalised-some-dense", "float32"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"tp1": (1, {}), "tp4": (4, {"tp": 4}), "tp2-pp2": (4, {"tp": 2, "pp": 2})}
@@ -58,12 +60,14 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, ids: torch.Tensor) -> list[Source]:
+    from transformers import AutoModelForCausalLM
+
     found = []
     for index, (case, dtype) in enumerate(CASES):
         family, changes = options_of(case)
         directory = tmp_path_factory.mktemp("source")
-        model = make_model(family, seed=index, dtype=DTYPES[dtype], **changes)
-        model.save_pretrained(directory, max_shard_size="100KB")
+        make_model(family, seed=index, dtype=DTYPES[dtype], **changes).save_pretrained(directory, max_shard_size="100KB")
+        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
         with torch.no_grad():
             found.append(Source(case, dtype, directory, model(ids).logits))
     return found
