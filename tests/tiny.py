@@ -61,6 +61,9 @@ def make_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
             else:
                 parameter.normal_(0.0, 0.15, generator=generator)
             parameter.data = parameter.data.to(dtype)  # not model.to(): it rounds the rotary frequencies too, which no loaded model does
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1, generator=generator)
     return model.eval()
 
 

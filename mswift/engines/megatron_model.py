@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from mswift.conversion.adapters import lora_from_peft, lora_to_peft, unplaced_modules
 from mswift.conversion.collective import ExportGroups, agree, gather_small
@@ -162,11 +161,11 @@ class MegatronModel:
                 shards = (shard_of(parameter, self.groups) for parameter in (module.lora_a, module.lora_b))
                 module.load(*(take(whole, shard, parts) for whole, shard, parts in zip(pair, shards, (1, rules[name].parts))))
 
-    def _wrappable(self) -> dict[str, nn.Parameter]:
+    def _wrappable(self) -> dict[str, torch.Tensor]:
         found = {name: parameter for chunk in self.chunks for name, parameter, _ in base_parameters(chunk, self.groups)}
         return {name: parameter for name, parameter in found.items() if name.split(".")[-2] in ALL_LINEAR and name.endswith(".weight")}
 
-    def _whole_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    def _whole_shape(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
         return shard_of(parameter, self.groups).whole_shape(parameter.shape)
 
     def export_adapter(self, directory: Path, *, base_model: str, exist_ok: bool = False) -> None:

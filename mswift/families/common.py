@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, PaddedRows, Rename, Rule, TiedHead
 from mswift.errors import ModelError
 from mswift.families.base import AttentionStyle, HfConfig, MegatronDescription, ModelFamily, NormStyle, Padding, register
+from mswift.families.mixtures import ExpertNames, expert_rules
 from mswift.families.rotations import rotation
 
 if TYPE_CHECKING:
@@ -16,23 +17,6 @@ if TYPE_CHECKING:
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
 PRE_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
-
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """What a family calls the tensors of a mixture of experts, below ``model.layers.N.`` and without ``.weight``.
-
-    Args:
-        router: chooses the experts. experts: expert E is ``EXPERTS.E.``. gate_up, down: below an expert and below `shared`.
-        shared: the expert of all tokens. shared_gate: its own weight for each token.
-    """
-
-    router: str = "mlp.gate"
-    experts: str = "mlp.experts"
-    gate_up: tuple[str, str] = ("gate_proj", "up_proj")
-    down: str = "down_proj"
-    shared: str = "mlp.shared_expert"
-    shared_gate: str = "mlp.shared_expert_gate"
 
 
 @dataclass(frozen=True)
@@ -50,7 +34,7 @@ class TensorNames:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
-    experts: ExpertNames = ExpertNames()
+    experts: ExpertNames = field(default_factory=ExpertNames)
 
 
 def field_of(hf: HfConfig, *names: str, default: Any = None) -> Any:
@@ -189,7 +173,7 @@ def decoder_rules(description: MegatronDescription, padding: Padding, names: Ten
             rules += _norm(ours + mine, theirs + its, description)
         rules += _attention(ours + "self_attention.", theirs, description, padding, names)
         if description.is_mixture(layer):
-            rules += _experts(ours + "mlp.", theirs, description, names.experts)
+            rules += expert_rules(ours + "mlp.", theirs, description, names.experts)
         else:
             rules += _mlp(ours + "mlp.", theirs, description, names)
     return tuple(rules)
@@ -233,42 +217,3 @@ def _mlp(ours: str, theirs: str, description: MegatronDescription, names: Tensor
             rules.append(Rename(f"{ours}linear_fc1.{kind}", f"{theirs}{names.up}.{kind}"))
         rules.append(Rename(f"{ours}linear_fc2.{kind}", f"{theirs}{names.down}.{kind}"))
     return rules
-
-
-def _experts(ours: str, theirs: str, description: MegatronDescription, names: ExpertNames) -> list[Rule]:
-    """The rules of one mixture; every expert is two parameters by itself, whichever rank holds it."""
-
-    def mlp(target: str, source: str) -> list[Rule]:
-        gate, up = (f"{source}.{name}.weight" for name in names.gate_up)
-        return [FusedGateUp(f"{target}.linear_fc1.weight", gate, up), Rename(f"{target}.linear_fc2.weight", f"{source}.{names.down}.weight")]
-
-    fields = description.transformer
-    rules: list[Rule] = [Rename(f"{ours}router.weight", f"{theirs}{names.router}.weight")]
-    for expert in range(fields["num_moe_experts"]):
-        rules += mlp(f"{ours}experts.local_experts.{expert}", f"{theirs}{names.experts}.{expert}")
-    if fields.get("moe_shared_expert_intermediate_size"):
-        rules += mlp(f"{ours}shared_experts", f"{theirs}{names.shared}")
-    if fields.get("moe_shared_expert_gate"):
-        rules.append(Rename(f"{ours}shared_experts.gate_weight", f"{theirs}{names.shared_gate}.weight"))
-    return rules
-
-
-def mixture_fields(
-    hf: HfConfig, *, experts: int, topk: int, ffn_size: int, layers: list[int] | None = None, normalised: bool = True
-) -> dict[str, Any]:
-    """TransformerConfig fields of a mixture of experts whose router is a softmax.
-
-    Args:
-        ffn_size: of each expert. layers: 1 = mixture, 0 = dense; None: all are mixtures. normalised: the weights of the chosen experts sum to 1.
-    """
-    return {
-        "num_moe_experts": experts,
-        "moe_router_topk": topk,
-        "moe_ffn_hidden_size": ffn_size,
-        "moe_layer_freq": layers or [1] * hf.num_hidden_layers,
-        "moe_router_pre_softmax": not normalised,  # a softmax over the chosen logits alone is one over all, normalised
-        "moe_router_score_function": "softmax",
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-    }

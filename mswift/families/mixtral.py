@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mswift.families.base import HfConfig, MegatronDescription
-from mswift.families.common import ExpertNames, TensorNames, decoder_family, describe_decoder, mixture_fields, windows
+from mswift.families.common import TensorNames, decoder_family, describe_decoder, windows
+from mswift.families.mixtures import ExpertNames, mixture_fields
 
 
 def describe(hf: HfConfig) -> MegatronDescription:

@@ -18,7 +18,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import nn
+from torch import Tensor, nn
 
 from mswift.conversion.directories import CONFIG_FILE, read_json
 from mswift.conversion.shards import Shard
@@ -172,14 +172,16 @@ def global_name(model: CausalLM, name: str) -> str:
     return re.sub(r"^decoder\.layers\.(\d+)\.", renumber, name).replace(".base_layer.", ".")
 
 
-def base_parameters(model: CausalLM, groups: Groups) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """(global name, parameter, which part of the whole it is) of every weight that a checkpoint has; adapters are left out."""
+def base_parameters(model: CausalLM, groups: Groups) -> Iterator[tuple[str, Tensor, Shard]]:
+    """(global name, tensor, which part of the whole it is) of every weight that a checkpoint has, buffers too; adapters are left out."""
     for name, parameter in model.named_parameters():
-        if name.endswith((".lora_a", ".lora_b")):
-            continue
-        yield global_name(model, name), parameter, shard_of(parameter, groups)
+        if not name.endswith((".lora_a", ".lora_b")):
+            yield global_name(model, name), parameter, shard_of(parameter, groups)
+    for name, buffer in model.named_buffers():
+        if name.endswith(".expert_bias"):
+            yield global_name(model, name), buffer, Shard()
 
 
-def shard_of(parameter: nn.Parameter, groups: Groups) -> Shard:
+def shard_of(parameter: Tensor, groups: Groups) -> Shard:
     """Which part of the whole tensor this rank holds, from megatron's own attributes."""
     return Shard.of(parameter, groups.coords.tp, groups.layout.tp)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription
-from mswift.families.common import decoder_family, describe_decoder, mixture_fields, rotations
+from mswift.families.common import decoder_family, describe_decoder, rotations
+from mswift.families.mixtures import mixture_fields
 
 
 def describe(hf: HfConfig) -> MegatronDescription:

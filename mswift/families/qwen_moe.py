@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mswift.families.base import HfConfig, MegatronDescription
-from mswift.families.common import decoder_family, describe_decoder, mixture_fields, rotations, windows
+from mswift.families.common import decoder_family, describe_decoder, rotations, windows
+from mswift.families.mixtures import mixture_fields
 
 
 def describe_qwen2_moe(hf: HfConfig) -> MegatronDescription:

@@ -9,6 +9,15 @@ _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 _MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
+_ROUTED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 28,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
+}
 _NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 _LONGROPE = {
     "rope_type": "longrope",
@@ -114,6 +123,19 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "olmoe": {
         "plain": {"num_experts": 6, "num_experts_per_tok": 3},
         "normalised": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    },
+    "glm4_moe": {
+        "plain": {**_ROUTED, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4},
+        "one-group": {**_ROUTED, "n_group": 1, "topk_group": 1, "use_qk_norm": True, "attention_bias": True},
+    },
+    "dots1": {"plain": {**_ROUTED, "sliding_window": 6, "layer_types": _MIXED, "n_group": 1}},
+    "minimax_m2": {
+        "plain": {"num_local_experts": 6, "num_experts_per_tok": 3},
+        "partial": {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.6},
+        },
     },
     "nemotron": {"plain": {"hidden_act": "relu2"}, "biases": {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True}},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,11 +59,15 @@ def export_gradients(engine: Any, directory: Path) -> None:
 
     model = engine.model
     parameters = [
-        ExportParameter(name, tuple(parameter.shape), torch.float32, shard, parameter.main_grad.detach)
+        ExportParameter(name, tuple(parameter.shape), torch.float32, shard, functools.partial(_gradient, parameter))
         for chunk in model.chunks
         for name, parameter, shard in base_parameters(chunk, model.groups)
     ]
     export_model(parameters, model.rules, directory, config={}, groups=model._export_groups())
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    return tensor.main_grad.detach() if isinstance(tensor, torch.nn.Parameter) else torch.zeros_like(tensor)
 
 
 def export_adapter_gradients(engine: Any, directory: Path) -> None:

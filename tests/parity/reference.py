@@ -43,6 +43,8 @@ def written_gradients(model: Any) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad)
+        for buffer in model.buffers():
+            buffer.zero_()
     return written_tensors(model)
 
 

@@ -1,0 +1,16 @@
+"""dots.llm1: DeepSeek's mixture with the attention of Qwen3, and windows in the layers that ``layer_types`` names."""
+
+from __future__ import annotations
+
+from mswift.families.base import HfConfig, MegatronDescription
+from mswift.families.common import TensorNames, decoder_family, describe_decoder, rotations, windows
+from mswift.families.mixtures import ExpertNames, deepseek_mixture
+
+
+def describe(hf: HfConfig) -> MegatronDescription:
+    bias = bool(hf.attention_bias)
+    transformer = {**deepseek_mixture(hf), "add_qkv_bias": bias, **windows(hf)}
+    return describe_decoder(hf, attention=rotations(hf, head_norm="shared"), transformer=transformer, output_bias=bias)
+
+
+DOTS1 = decoder_family("dots1", ("Dots1ForCausalLM",), describe, TensorNames(experts=ExpertNames(shared="mlp.shared_experts")))

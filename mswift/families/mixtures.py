@@ -1,0 +1,107 @@
+"""Mixtures of experts: the config fields of their routers, and the rules of their tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mswift.conversion.rules import FusedGateUp, Rename, Rule
+from mswift.errors import ModelError
+from mswift.families.base import HfConfig, MegatronDescription
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a family calls the tensors of a mixture of experts, below ``model.layers.N.`` and without ``.weight``.
+
+    Args:
+        router: chooses the experts. experts: expert E is ``EXPERTS.E.``. gate_up, down: below an expert and below `shared`.
+        shared: the expert of all tokens. shared_gate: its own weight for each token. bias: added to the scores for the choice; a full name.
+    """
+
+    router: str = "mlp.gate"
+    bias: str = "mlp.gate.e_score_correction_bias"
+    experts: str = "mlp.experts"
+    gate_up: tuple[str, str] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    shared: str = "mlp.shared_expert"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+def expert_rules(ours: str, theirs: str, description: MegatronDescription, names: ExpertNames) -> list[Rule]:
+    """The rules of one mixture; every expert is two parameters by itself, whichever rank holds it."""
+
+    def mlp(target: str, source: str) -> list[Rule]:
+        gate, up = (f"{source}.{name}.weight" for name in names.gate_up)
+        return [FusedGateUp(f"{target}.linear_fc1.weight", gate, up), Rename(f"{target}.linear_fc2.weight", f"{source}.{names.down}.weight")]
+
+    fields = description.transformer
+    rules: list[Rule] = [Rename(f"{ours}router.weight", f"{theirs}{names.router}.weight")]
+    if fields.get("moe_router_enable_expert_bias"):
+        rules.append(Rename(f"{ours}router.expert_bias", f"{theirs}{names.bias}"))
+    for expert in range(fields["num_moe_experts"]):
+        rules += mlp(f"{ours}experts.local_experts.{expert}", f"{theirs}{names.experts}.{expert}")
+    if fields.get("moe_shared_expert_intermediate_size"):
+        rules += mlp(f"{ours}shared_experts", f"{theirs}{names.shared}")
+    if fields.get("moe_shared_expert_gate"):
+        rules.append(Rename(f"{ours}shared_experts.gate_weight", f"{theirs}{names.shared_gate}.weight"))
+    return rules
+
+
+def mixture_fields(
+    hf: HfConfig, *, experts: int, topk: int, ffn_size: int, layers: list[int] | None = None, normalised: bool = True
+) -> dict[str, Any]:
+    """TransformerConfig fields of a mixture of experts whose router is a softmax.
+
+    Args:
+        ffn_size: of each expert. layers: 1 = mixture, 0 = dense; None: all are mixtures. normalised: the weights of the chosen experts sum to 1.
+    """
+    return {
+        "num_moe_experts": experts,
+        "moe_router_topk": topk,
+        "moe_ffn_hidden_size": ffn_size,
+        "moe_layer_freq": layers or [1] * hf.num_hidden_layers,
+        "moe_router_pre_softmax": not normalised,  # a softmax over the chosen logits alone is one over all, normalised
+        "moe_router_score_function": "softmax",
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
+def sigmoid_router(hf: HfConfig, *, groups: int = 1, chosen_groups: int = 1, normalised: bool = True, factor: float = 1.0) -> dict[str, Any]:
+    """TransformerConfig fields of a router whose scores are sigmoids, with a bias for the choice alone (DeepSeek-V3).
+
+    Args:
+        groups, chosen_groups: experts are chosen from the best groups, each judged by its two best experts. factor: on the weights.
+
+    Raises:
+        ModelError: weights that are not normalised, or groups that megatron-core would judge by another number of experts.
+    """
+    topk = hf.num_experts_per_tok
+    if not normalised and topk > 1:
+        raise ModelError(f"norm_topk_prob is false with a sigmoid router in {hf.model_type}: megatron-core always normalises; this is not supported")
+    fields = {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": False,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": float(factor),
+    }
+    if groups == 1:
+        return fields
+    if topk % chosen_groups or topk // chosen_groups != 2:
+        raise ModelError(
+            f"num_experts_per_tok {topk} over topk_group {chosen_groups}: a group would be judged by {topk / chosen_groups:g} experts "
+            "and not by two; this is not supported"
+        )
+    return {**fields, "moe_router_num_groups": groups, "moe_router_group_topk": chosen_groups}
+
+
+def deepseek_mixture(hf: HfConfig) -> dict[str, Any]:
+    """The mixture of DeepSeek-V3 and of those that took it over: dense layers first, then sigmoid routers and an expert of all tokens."""
+    layers = [int(layer >= hf.first_k_dense_replace) for layer in range(hf.num_hidden_layers)]
+    sizes = {"experts": hf.n_routed_experts, "topk": hf.num_experts_per_tok, "ffn_size": hf.moe_intermediate_size}
+    choice = {"groups": hf.n_group, "chosen_groups": hf.topk_group, "normalised": bool(hf.norm_topk_prob), "factor": hf.routed_scaling_factor}
+    shared = {"moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts}
+    return {**mixture_fields(hf, **sizes, layers=layers), **sigmoid_router(hf, **choice), **shared}
