@@ -26,7 +26,7 @@ from mswift.conversion.shards import take
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
-from mswift.families.fields import check_fields
+from mswift.families.fields import describe_checked
 from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, shard_of, transformer_config
 from mswift.families.modules import CausalLM
 from mswift.log import is_main_process
@@ -80,10 +80,10 @@ class MegatronModel:
         self.reader = CheckpointReader(settings.directory)
         self.hf_config: HfConfig = read_hf_config(settings.directory, trust_remote_code=settings.trust_remote_code)
         self.family: ModelFamily = find_family(self.hf_config.architectures, str(settings.directory))
-        if not settings.allow_unknown_config:
-            path = settings.directory / CONFIG_FILE
-            check_fields(read_json(path), self.hf_config, self.family.describe, str(path))
-        self.description: MegatronDescription = self.family.describe(self.hf_config)
+        path = settings.directory / CONFIG_FILE
+        self.description: MegatronDescription = describe_checked(
+            self.family, read_json(path), self.hf_config, str(path), allow_unknown=settings.allow_unknown_config
+        )
         self.dtype: torch.dtype = _DTYPES[choose_dtype(settings.dtype, self.hf_config.dtype, str(settings.directory))]
         self.config = transformer_config(
             self.description, groups, runtime, dtype=self.dtype, sequence_parallel=settings.sequence_parallel, **(settings.transformer or {})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mswift.errors import ModelError
-from mswift.families.base import HfConfig, MegatronDescription
+from mswift.families.base import HfConfig, MegatronDescription, ModelFamily
 
 _OF_NO_EFFECT = frozenset(
     [
@@ -71,16 +71,25 @@ def unknown_fields(raw: Mapping[str, Any], hf: HfConfig, describe: Callable[[HfC
     return {name: value for name, value in asked.items() if value not in (None, False) and value != plain.get(name)}
 
 
-def check_fields(raw: Mapping[str, Any], hf: HfConfig, describe: Callable[[HfConfig], MegatronDescription], where: str) -> None:
-    """Refuse a config.json with `unknown_fields`.
+def describe_checked(family: ModelFamily, raw: Mapping[str, Any], hf: HfConfig, where: str, *, allow_unknown: bool = False) -> MegatronDescription:
+    """The family's description of a config.
+
+    Args:
+        raw, hf: config.json, and the transformers config made of it. allow_unknown: go on with `unknown_fields`.
 
     Raises:
-        ModelError: with all of them.
+        ModelError: fields that may change the model are not understood (all are listed), or the config is of another family.
     """
-    unknown = unknown_fields(raw, hf, describe)
+    try:
+        unknown = {} if allow_unknown else unknown_fields(raw, hf, family.describe)
+        description = family.describe(hf)
+    except AttributeError as error:
+        names = ", ".join(raw.get("architectures") or ())
+        raise ModelError(f"{where}: architectures {names} and model_type {hf.model_type} are of different families ({error}); mend it") from error
     if unknown:
         listed = ", ".join(f"{name} = {json.dumps(value)[:80]}" for name, value in unknown.items())
         raise ModelError(
             f"{where}: {len(unknown)} field(s) that may change the model are not understood ({listed}); "
             "--allow_unknown_config true goes on as if they were not there"
         )
+    return description

@@ -113,9 +113,9 @@ def pickled_weights(lab: Lab) -> Words:
     return lab.sft()
 
 
-@case("architecture Qwen2MoeForCausalLM is not supported", "nearest supported: Qwen2ForCausalLM", "take that, or another of the ")
+@case("architecture Qwen3NextForCausalLM is not supported", "nearest supported: Qwen3", "take that, or another of the ")
 def unknown_architecture(lab: Lab) -> Words:
-    lab.config(architectures=["Qwen2MoeForCausalLM"])
+    lab.config(architectures=["Qwen3NextForCausalLM"])
     return lab.sft()
 
 

@@ -94,6 +94,12 @@ def unknown_config_fields(lab: Lab) -> Words:
     return lab.sft()
 
 
+@case("m/config.json: architectures Qwen2MoeForCausalLM and model_type llama are of different families (", "mend it")
+def architecture_of_another_family(lab: Lab) -> Words:
+    lab.config(architectures=["Qwen2MoeForCausalLM"])
+    return lab.sft()
+
+
 @case("m has no chat template", "take the chat (Instruct) model, or put a chat_template.jinja into its directory")
 def missing_template(lab: Lab) -> Words:
     (lab.model / "chat_template.jinja").unlink()

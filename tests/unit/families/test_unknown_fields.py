@@ -9,7 +9,7 @@ import pytest
 
 from mswift.errors import ModelError
 from mswift.families import families
-from mswift.families.fields import check_fields, unknown_fields
+from mswift.families.fields import describe_checked, unknown_fields
 from tests.parity.cases import every_case, options_of
 from tests.tiny import config_of
 
@@ -36,4 +36,12 @@ def test_what_is_read_is_not_unknown_and_the_rest_is() -> None:
     changed = {"attn_logit_softcapping": 50.0, "qk_norm": True, "hidden_size": 72}
     assert unknown_fields({**raw, **changed}, config, describe) == {"attn_logit_softcapping": 50.0, "qk_norm": True}
     with pytest.raises(ModelError, match=r"^here: 1 field\(s\) that may change .* \(qk_norm = true\); --allow_unknown_config true goes on"):
-        check_fields({**raw, "qk_norm": True}, config, describe, "here")
+        describe_checked(family_of("llama"), {**raw, "qk_norm": True}, config, "here")
+    description = describe_checked(family_of("llama"), {**raw, "qk_norm": True}, config, "here", allow_unknown=True)
+    assert description.transformer["hidden_size"] == 72
+
+
+def test_a_config_of_another_family_is_refused() -> None:
+    raw = {"architectures": ["Qwen2MoeForCausalLM"]}
+    with pytest.raises(ModelError, match=r"^here: architectures Qwen2MoeForCausalLM and model_type llama are of different families \(.*; mend it$"):
+        describe_checked(family_of("qwen2_moe"), raw, config_of("llama"), "here")
