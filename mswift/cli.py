@@ -88,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _main(words, replace=argv is None)
+        code = _main(words, replace=argv is None)
+        if code and argv is None and launch.under_agent():
+            launch.leave_at_once(code)
+        return code
     except KeyboardInterrupt:
         if is_main_process() and not launch.under_agent():
             print("interrupted", file=sys.stderr)

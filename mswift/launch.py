@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from mswift.config import Config, SftConfig
 from mswift.errors import LaunchError, MswiftError
@@ -306,6 +306,13 @@ def report(error: MswiftError, *, on_all_ranks: bool = False) -> int:
     elif rank() == 0 or not on_all_ranks:
         print(f"{f'[rank {rank()}] ' if rank() else ''}error: {line}", file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End a worker whose error has been told: a thread of a library that still runs while the interpreter is taken down prints into it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def agent(argv: Sequence[str]) -> int:
