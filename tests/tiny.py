@@ -90,6 +90,26 @@ def make_checkpoint(directory: Path, kind: str = "llama", **options: Any) -> Pat
     return directory
 
 
+def make_peft_adapter(base: Path, directory: Path, *, seed: int = 1, std: float = 0.2, **options: Any) -> Path:
+    """An adapter by peft for the checkpoint in `base`, with every A and B random, so that the modules of a fused layer share nothing.
+
+    Args:
+        options: of LoraConfig; rank 4, alpha 6 and all linear layers without them.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, std, generator=generator)
+    model.save_pretrained(directory)
+    return directory
+
+
 def write_rows(path: Path, count: int = 24) -> Path:
     """Conversations of unequal length over the tokenizer's corpus."""
     rows = []

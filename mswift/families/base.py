@@ -51,13 +51,19 @@ class Rotation:
 
     Args:
         inv_freq_of: length of the sequence in tokens -> inverse frequencies fp32 ``[rotary dim / 2]``. factor: on cosine and sine.
-        changes: lengths beyond which the frequencies are others. continuous: beyond them they differ from length to length.
+        limit: length beyond which the frequencies are others; None: they never change. continuous: beyond it they differ from length to length.
     """
 
     inv_freq_of: Callable[[int], torch.Tensor]
     factor: float = 1.0
-    changes: tuple[int, ...] = ()
+    limit: int | None = None
     continuous: bool = False
+
+    def variant(self, length: int) -> int:
+        """Equal for two lengths that have the same frequencies; 0 within the limit."""
+        if self.limit is None or length <= self.limit:
+            return 0
+        return length if self.continuous else self.limit
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,9 @@ def describe_decoder(
     )
 
 
-def decoder_family(name: str, architectures: tuple[str, ...], describe: Any, names: TensorNames | None = None) -> ModelFamily:
+def decoder_family(
+    name: str, architectures: tuple[str, ...], describe: Callable[[HfConfig], MegatronDescription], names: TensorNames | None = None
+) -> ModelFamily:
     """Register a family whose rules follow from its description and its names."""
     known = names or TensorNames()
 

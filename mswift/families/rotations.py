@@ -37,12 +37,12 @@ def rotation(hf: HfConfig, head_dim: int, layer_type: str | None = None) -> Rota
     own.head_dim = head_dim
     factor = _scaled(own, kind, 0)[1]
     limits = {"dynamic": hf.max_position_embeddings, "longrope": parameters.get("original_max_position_embeddings")}
-    changes = (int(limits[kind]),) if kind in limits else ()
+    limit = int(limits[kind]) if kind in limits else None
 
     def inv_freq_of(length: int) -> torch.Tensor:
-        return _scaled(own, kind, length if changes and length > changes[0] else 0)[0]
+        return _scaled(own, kind, 0 if limit is None or length <= limit else length)[0]
 
-    return Rotation(inv_freq_of, float(factor), changes, continuous=kind == "dynamic")
+    return Rotation(inv_freq_of, float(factor), limit, continuous=kind == "dynamic")
 
 
 def _plain(theta: float, width: int, _length: int) -> torch.Tensor:

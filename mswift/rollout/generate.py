@@ -128,8 +128,7 @@ class Generator:
 
     def _frequencies(self, length: int) -> list[int]:
         """Equal for two lengths of a prompt if both have the same rotary frequencies, which an answer keeps however long it gets."""
-        rotations = self.model.description.attention.rotations
-        return [(length if rotation.continuous else place) * (length > place) for rotation in rotations for place in rotation.changes]
+        return [rotation.variant(length) for rotation in self.model.description.attention.rotations]
 
     def _row(self, index: int, prompt: Sequence[int], settings: GenerationSettings, seed: int | None) -> _Row:
         room = min(settings.max_new_tokens, self.max_length - len(prompt))

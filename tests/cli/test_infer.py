@@ -25,7 +25,7 @@ from mswift.parallel.layout import ParallelLayout
 from mswift.rollout.prompts import Question
 from mswift.runtime.device import Runtime
 from mswift.train.folders import RESUME_DIR, RESUME_FILE
-from tests.tiny import make_checkpoint, make_model, write_rows
+from tests.tiny import make_checkpoint, make_peft_adapter, write_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,19 +33,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model``, ``adapter`` (by peft, naming the model) and ``rows.jsonl``."""
-    from peft import LoraConfig, get_peft_model
-
     folder = tmp_path_factory.mktemp("infer")
-    make_checkpoint(folder / "model")
     write_rows(folder / "rows.jsonl", 5)
-    adapted = get_peft_model(make_model(), LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:  # peft draws A from the global generator: another adapter in every run
-                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(len(name)))
-    adapted.save_pretrained(folder / "adapter")
-    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder / "model")}))
+    make_peft_adapter(make_checkpoint(folder / "model"), folder / "adapter", r=2, lora_alpha=8, std=0.3)
     return folder
 
 

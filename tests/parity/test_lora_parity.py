@@ -14,7 +14,7 @@ from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run
 from tests.parity.ranks import Trained, adapter_logits, first_step, train_lora
 from tests.parity.reference import distance, labelled_rows, load_peft, load_tensors, logits_with
-from tests.tiny import make_checkpoint, write_rows
+from tests.tiny import make_checkpoint, make_peft_adapter, write_rows
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 44, "mlp_only_layers": [1]}
@@ -107,21 +107,6 @@ PEFT: dict[str, dict[str, Any]] = {
     "one-layer": {"target_modules": ALL, "layers_to_transform": [3]},
     "rslora-ranks": {"target_modules": ALL, "use_rslora": True, "rank_pattern": {"k_proj": 3, "gate_proj": 7}, "alpha_pattern": {"o_proj": 5}},
 }
-
-
-def make_peft_adapter(base: Path, directory: Path, seed: int = 1, **options: Any) -> Path:
-    """An adapter with every A and B random, so that the modules of a fused layer share nothing."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.2, generator=generator)
-    model.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.cli.program import Worker
-from tests.tiny import make_checkpoint, make_model
+from tests.tiny import make_checkpoint, make_peft_adapter
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -21,15 +21,7 @@ NEW_TOKENS = 12
 
 def merge(folder: Path, kind: str, **changes: object) -> Path:
     """A tiny model, a random adapter by peft, and the two merged by us into several files."""
-    from peft import LoraConfig, get_peft_model
-
-    make_checkpoint(folder / "model", kind, **changes)
-    adapted = get_peft_model(make_model(kind, **changes), LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(len(name)))
-    adapted.save_pretrained(folder / "adapter")
+    make_peft_adapter(make_checkpoint(folder / "model", kind, **changes), folder / "adapter", r=3)
     words = ["export", "--model", "model", "--adapters", "adapter", "--merge_lora", "true", "--output_dir", "merged", "--max_shard_size", "100KB"]
     worker = Worker()
     outcome = worker.run([*words, "--load_args", "false"], folder)

@@ -64,35 +64,36 @@ class SdpaAttention(MegatronModule):
         sq, batch, heads, _ = query.shape
         sk, _, groups, _ = key.shape
         q, k, v = (widen(t).permute(1, 2, 0, 3) for t in (query, key, value))
+        # SDPA's own causal flag says all that there is to say of a plain square, and one query at the end sees everything
+        plain = attention_mask is None and sk <= self._span(sk) and sq in (1, sk)
         if self.softcap is not None:
-            out = self._with_soft_cap(q, k, v, self._visible(sq, sk, attention_mask, query.device, always=True), self.softcap)
-            return out.permute(2, 0, 1, 3).reshape(sq, batch, -1).to(query.dtype)
-        visible = self._visible(sq, sk, attention_mask, query.device)
-        causal = visible is None and sq > 1
-        p = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=groups != heads)
+            out = self._with_soft_cap(q, k, v, self._visible(sq, sk, attention_mask, query.device), self.softcap)
+        else:
+            visible = None if plain else self._visible(sq, sk, attention_mask, query.device)
+            p = self.dropout if self.training else 0.0
+            causal = plain and sq > 1
+            gqa = groups != heads
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=gqa)
         return out.permute(2, 0, 1, 3).reshape(sq, batch, -1).to(query.dtype)
 
-    def _with_soft_cap(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, cap: float) -> Tensor:
+    def _span(self, sk: int) -> int:
+        """Keys that a query sees of `sk`, itself included."""
+        return sk if self.window is None else self.window
+
+    def _with_soft_cap(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, cap: float) -> Tensor:
         """Written out, since torch's own attention has no place for the cap; scores ``[b, heads, sq, sk]`` are stored."""
         repeats = q.shape[1] // k.shape[1]
         k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
         scale = self.scale or q.shape[-1] ** -0.5
         scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * (scale / cap)) * cap
-        scores = scores.masked_fill(~visible, -torch.inf) if visible is not None else scores
+        scores = scores.masked_fill(~visible, -torch.inf)
         weights = F.dropout(scores.softmax(-1, dtype=torch.float32), self.dropout, self.training).to(v.dtype)
         return torch.matmul(weights, v)
 
-    def _visible(self, sq: int, sk: int, hidden: Tensor | None, device: torch.device, *, always: bool = False) -> Tensor | None:
-        """The mask to give to SDPA (True = may look), or None where its own causal flag says the same."""
-        window = sk if self.window is None else self.window
-        windowed = sk > window
-        if hidden is None and not windowed and (sq == sk or sq == 1) and not always:
-            return None
+    def _visible(self, sq: int, sk: int, hidden: Tensor | None, device: torch.device) -> Tensor:
+        """bool ``[sq, sk]``, or ``[b or 1, 1, sq, sk]`` where more is hidden: True = may look."""
         distance = torch.arange(sk - sq, sk, device=device)[:, None] - torch.arange(sk, device=device)
-        visible = distance >= 0
-        if windowed:
-            visible &= distance < window
+        visible = (distance >= 0) & (distance < self._span(sk))
         return visible if hidden is None else visible & ~hidden
 
 

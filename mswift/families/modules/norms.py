@@ -32,7 +32,9 @@ class Norm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states` ``[..., hidden]`` -> the same shape and dtype."""
-        x, weight, bias = hidden_states, self.weight.view(-1), None if self.bias is None else self.bias.view(-1)
+        x: Tensor = hidden_states
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.style.zero_centred:  # 1 + weight does not fit into bf16
             x, weight, bias = x.float(), 1.0 + weight.float(), None if bias is None else bias.float()
         if self.style.kind == "rms":

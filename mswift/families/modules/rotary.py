@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from mswift.families.base import Rotation
 
+_MAX_TABLES = 32
+
 
 class RotaryTables(nn.Module):
     """Cosines and sines of all positions, for every rotation that some layer of the model uses; stands where GPTModel has its own embedding."""
@@ -19,9 +21,8 @@ class RotaryTables(nn.Module):
     def __init__(self, rotations: tuple[Rotation, ...], device: torch.device) -> None:
         super().__init__()
         self.rotations, self.device = rotations, device
-        self.changes = tuple({place for rotation in rotations for place in rotation.changes})
-        self._known: dict[tuple[int, tuple[bool, ...]], Tensor] = {}
         self.length: int | None = None
+        self._known: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
         """fp32 ``[rotations, 2 (cosine, sine), max_seq_len, rotary dim / 2]``.
@@ -30,14 +31,12 @@ class RotaryTables(nn.Module):
         count), else `max_seq_len`.
         """
         length = self.length or max_seq_len
-        key = (max_seq_len, tuple(length > place for place in self.changes)) if self.changes else (max_seq_len, ())
-        table = self._known.get(key)
-        if table is None or (self.changes and any(rotation.continuous for rotation in self.rotations)):
-            table = torch.stack([self._table(rotation, max_seq_len, length) for rotation in self.rotations])
-            while len(self._known) >= 32:
+        key = (max_seq_len, *(rotation.variant(length) for rotation in self.rotations))
+        if key not in self._known:
+            if len(self._known) == _MAX_TABLES:
                 self._known.pop(next(iter(self._known)))
-            self._known[key] = table
-        return table
+            self._known[key] = torch.stack([self._table(rotation, max_seq_len, length) for rotation in self.rotations])
+        return self._known[key]
 
     def _table(self, rotation: Rotation, positions: int, length: int) -> Tensor:
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), rotation.inv_freq_of(length))

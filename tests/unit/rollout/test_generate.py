@@ -15,7 +15,7 @@ from mswift.rollout.generate import Answer, Generator
 from mswift.rollout.sampling import Sampling
 from mswift.rollout.settings import GenerationSettings
 from tests.parity.cases import options_of
-from tests.tiny import make_checkpoint, make_model
+from tests.tiny import make_checkpoint, make_model, make_peft_adapter
 
 GREEDY = GenerationSettings(max_new_tokens=20)
 HOT = GenerationSettings(Sampling(temperature=1.3, top_k=80, top_p=0.98), max_new_tokens=12)
@@ -62,16 +62,12 @@ def test_greedy_answers_equal_those_of_transformers(
 def test_answers_with_an_adapter_of_peft_equal_those_of_peft(
     load: Callable[..., Any], checkpoint: Path, tokenizer: Any, tmp_path: Path, prompts: list[list[int]]
 ) -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import PeftModel
 
     base = [reference(make_model(), prompt) for prompt in prompts]
-    model = get_peft_model(make_model(), LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(len(name)))
-    model.save_pretrained(tmp_path / "adapter")
-    expected = [reference(model.eval(), prompt) for prompt in prompts]
+    make_peft_adapter(checkpoint, tmp_path / "adapter", r=3)
+    model = PeftModel.from_pretrained(make_model(), tmp_path / "adapter").eval()
+    expected = [reference(model, prompt) for prompt in prompts]
     generator = Generator(load(checkpoint, tmp_path / "adapter"), tokenizer)
     assert ids_of(generator.generate(prompts, GREEDY)) == expected
     assert generator.generate(prompts[:1], GREEDY)[0].token_ids == expected[0]
