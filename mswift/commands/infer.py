@@ -97,7 +97,7 @@ def _result_path(config: InferConfig, adapter: Path | None) -> Path:
 
 def _check_replicas(session: Session, *, conversation: bool) -> None:
     layout = session.groups.layout
-    if conversation and layout.dp > 1:
+    if conversation and layout.independent_copies > 1:
         raise ConfigError(
             f"a conversation needs one copy of the model, got {layout.dp}: {layout.describe()}; "
             f"use --tensor_model_parallel_size {layout.tp * layout.dp}, or one process"
@@ -188,7 +188,8 @@ def _answer(
 ) -> None:
     from mswift.rollout.answers import Replica, ResultFile, answer_rows
 
-    replica = Replica(session.groups.coords.dp, session.groups.layout.dp, _gather(session))
+    copies = session.groups.layout.independent_copies
+    replica = Replica(session.groups.coords.dp if copies > 1 else 0, copies, _gather(session, copies))
     result = ResultFile(result_path) if is_main_process() else None
     figures = "the rest was not answered"
     try:
@@ -212,14 +213,14 @@ def _answer(
             print(f"{result.num_lines} of {len(questions)} answers in {result_path}; {figures}", flush=True)
 
 
-def _gather(session: Session) -> Gather:
+def _gather(session: Session, copies: int) -> Gather:
     """Brings the answers of all replicas to rank 0, from the first rank of each."""
     import torch.distributed as dist
 
     from mswift.parallel.layout import RankCoords
 
     layout, rank = session.groups.layout, session.groups.rank
-    leaders = [layout.rank_of(RankCoords(tp=0, cp=0, dp=dp, pp=0)) for dp in range(layout.dp)]
+    leaders = [layout.rank_of(RankCoords(tp=0, cp=0, dp=dp, pp=0)) for dp in range(copies)]
     group = _patient_group(leaders)
 
     def gather(answers: Answers) -> list[Answers] | None:

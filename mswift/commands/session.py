@@ -125,8 +125,8 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def _check_axes(layout: ParallelLayout) -> None:
-    if layout.cp > 1 or layout.ep > 1:
-        raise ConfigError(f"context and expert parallelism are not supported yet, got cp({layout.cp}) and ep({layout.ep}); use 1")
+    if layout.cp > 1:
+        raise ConfigError(f"context parallelism is not supported yet, got cp({layout.cp}); use 1")
 
 
 @contextmanager

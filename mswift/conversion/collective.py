@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from mswift.conversion.shards import join
+from mswift.conversion.shards import Axis, Shard, join
 from mswift.errors import ConversionError, MswiftError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How parameters of one kind lie over the ranks, and where this rank stands.
+
+    Args:
+        group: process group of the ranks that hold the shards of one parameter, in shard order; None for one rank.
+        shard, num_shards: position in it.
+        place, num_places: which parameters the rank holds: those of a pipeline stage (virtual stages included), or of a stage's share of the experts.
+        replica, num_replicas: which copy of the place.
+    """
+
+    group: dist.ProcessGroup | None = None
+    shard: int = 0
+    num_shards: int = 1
+    place: int = 0
+    num_places: int = 1
+    replica: int = 0
+    num_replicas: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,26 +40,32 @@ class ExportGroups:
     """Where this rank stands among those that hold one model.
 
     Args:
-        tp_group: process group of the tensor-parallel ranks, in shard order; None for one rank.
-        stage, num_stages: pipeline position (a rank with several virtual stages has one position).
-        replica, num_replicas: which copy of the stage (data and context parallel together).
+        spreads: by the axis that a parameter's `Shard` names; ``tp`` for the layers that all ranks share, ``etp`` for experts that are spread.
         world: the group of all of them; None: the default group. Its rank 0 makes and renames the directory.
     """
 
-    tp_group: dist.ProcessGroup | None = None
-    tp_rank: int = 0
-    tp_size: int = 1
-    stage: int = 0
-    num_stages: int = 1
-    replica: int = 0
-    num_replicas: int = 1
+    spreads: Mapping[Axis, Spread] = field(default_factory=lambda: {"tp": Spread()})
     world: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        size = self.tp_size * self.num_stages * self.num_replicas
-        if size != self.world_size:
-            factors = f"tp({self.tp_size}) x stages({self.num_stages}) x replicas({self.num_replicas})"
-            raise ConversionError(f"export: {factors} = {size} ranks, but {self.world_size} process(es) are joined; give the sizes of the layout")
+        for axis, spread in self.spreads.items():
+            size = spread.num_shards * spread.num_places * spread.num_replicas
+            if size != self.world_size:
+                factors = f"{axis}({spread.num_shards}) x places({spread.num_places}) x replicas({spread.num_replicas})"
+                raise ConversionError(f"export: {factors} = {size} ranks, but {self.world_size} process(es) are joined; give the sizes of the layout")
+
+    def place(self, axis: Axis) -> int:
+        """This rank's place for the parameters of an axis, numbered over the axes."""
+        return self._offset(axis) + self.spreads[axis].place
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(replicas, shards) of every place."""
+        return [(spread.num_replicas, spread.num_shards) for spread in self.spreads.values() for _ in range(spread.num_places)]
+
+    def _offset(self, axis: Axis) -> int:
+        before = list(self.spreads)[: list(self.spreads).index(axis)]
+        return sum(self.spreads[other].num_places for other in before)
 
     @property
     def world_size(self) -> int:
@@ -77,50 +103,50 @@ def _text(error: Exception) -> str:
     return str(error) if isinstance(error, MswiftError) else f"{type(error).__name__}: {error}"
 
 
-def any_failed(failed: bool, groups: ExportGroups) -> bool:
-    """Whether a rank of the tensor-parallel group failed. Collective over that group."""
-    if groups.tp_size == 1:
+def any_failed(failed: bool, spread: Spread) -> bool:
+    """Whether a rank failed among those that share the parameters. Collective over the spread's group."""
+    if spread.num_shards == 1:
         return failed
-    flag = torch.tensor([int(failed)], device=_device(groups))
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=groups.tp_group)
+    flag = torch.tensor([int(failed)], device=_device(spread))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=spread.group)
     return bool(flag.item())
 
 
-def gather_shards(shard: torch.Tensor, dim: int | None, owner: int, groups: ExportGroups) -> list[torch.Tensor]:
-    """All shards of one parameter on tensor-parallel rank ``owner``, an empty list elsewhere. Collective over that group.
+def gather_shards(shard: torch.Tensor, dim: int | None, owner: int, spread: Spread) -> list[torch.Tensor]:
+    """All shards of one parameter on rank ``owner`` of the spread's group, an empty list elsewhere. Collective over that group.
 
     A parameter that is whole on every rank (``dim`` None) is not sent. Shards travel as bytes, so any dtype keeps its bits.
     """
-    if groups.tp_size == 1 or dim is None:
-        return [shard] if groups.tp_rank == owner else []
-    data = shard.detach().to(_device(groups)).contiguous().reshape(-1).view(torch.uint8)
-    parts = [torch.empty_like(data) for _ in range(groups.tp_size)] if groups.tp_rank == owner else None
-    assert groups.tp_group is not None
-    dist.gather(data, parts, dst=dist.get_global_rank(groups.tp_group, owner), group=groups.tp_group)
+    if spread.num_shards == 1 or dim is None:
+        return [shard] if spread.shard == owner else []
+    data = shard.detach().to(_device(spread)).contiguous().reshape(-1).view(torch.uint8)
+    parts = [torch.empty_like(data) for _ in range(spread.num_shards)] if spread.shard == owner else None
+    assert spread.group is not None
+    dist.gather(data, parts, dst=dist.get_global_rank(spread.group, owner), group=spread.group)
     return [part.view(shard.dtype).reshape(shard.shape) for part in parts or []]
 
 
-def gather_small(tensors: Mapping[str, tuple[torch.Tensor, int | None, int]], groups: ExportGroups) -> dict[str, torch.Tensor]:
-    """Whole tensors of all stages on rank 0, an empty dict elsewhere; for what is small, such as adapters. Collective over the world.
+def gather_small(tensors: Mapping[str, tuple[torch.Tensor, Shard, int]], groups: ExportGroups) -> dict[str, torch.Tensor]:
+    """Whole tensors of all places on rank 0, an empty dict elsewhere; for what is small, such as adapters. Collective over the world.
 
     Args:
-        tensors: by name, this rank's ``(local tensor, dim that it is split along or None, parts)``; names differ between stages.
+        tensors: by name, this rank's ``(local tensor, which part it is, parts)``; names differ between places.
     """
-    mine = {name: (tensor.detach().cpu(), dim, parts) for name, (tensor, dim, parts) in tensors.items()} if groups.replica == 0 else {}
-    entry = (groups.stage, groups.tp_rank, mine)
-    entries = [entry]
+    mine = {
+        name: (tensor.detach().cpu(), shard, parts) for name, (tensor, shard, parts) in tensors.items() if groups.spreads[shard.axis].replica == 0
+    }
+    entries = [mine]
     if groups.world_size > 1:
-        received = [entry] * groups.world_size if groups.rank == 0 else None
-        dist.gather_object(entry, received, dst=0 if groups.world is None else dist.get_global_rank(groups.world, 0), group=groups.world)
+        received = [mine] * groups.world_size if groups.rank == 0 else None
+        dist.gather_object(mine, received, dst=0 if groups.world is None else dist.get_global_rank(groups.world, 0), group=groups.world)
         entries = received or []
-    whole: dict[str, torch.Tensor] = {}
-    for stage in range(groups.num_stages):
-        held = [named for place, _, named in sorted(entries, key=lambda item: item[:2]) if place == stage and named]
-        for name, (_, dim, parts) in held[0].items() if held else ():
-            whole[name] = join([named[name][0] for named in held], dim, parts)
-    return whole
+    shards: dict[str, dict[int, torch.Tensor]] = {}
+    for name, (tensor, shard, _) in (item for held in entries for item in held.items()):
+        shards.setdefault(name, {})[shard.rank] = tensor
+    form = {name: (shard.dim, parts) for held in entries for name, (_, shard, parts) in held.items()}
+    return {name: join([held[rank] for rank in sorted(held)], *form[name]) for name, held in shards.items()}
 
 
-def _device(groups: ExportGroups) -> torch.device:
-    on_gpu = dist.get_backend(groups.tp_group) == "nccl"
+def _device(spread: Spread) -> torch.device:
+    on_gpu = dist.get_backend(spread.group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from mswift.conversion.collective import ExportGroups, agree, any_failed, exchange, gather_shards
+from mswift.conversion.collective import ExportGroups, Spread, agree, any_failed, exchange, gather_shards
 from mswift.conversion.coverage import fail_on, gap
 from mswift.conversion.directories import INDEX_FILE
-from mswift.conversion.export_plan import ExportParameter, ExportPlan, cast_of, held_by_stages, plan_export
-from mswift.conversion.file_plan import index_of
+from mswift.conversion.export_plan import ExportParameter, ExportPlan, cast_of, held_by_places, plan_export
+from mswift.conversion.file_plan import OutFile, index_of
 from mswift.conversion.load import Progress
 from mswift.conversion.rules import AnyRule, Rule
 from mswift.conversion.safetensors_io import ShardWriter
-from mswift.conversion.shards import cut_sources
+from mswift.conversion.shards import Axis, cut_sources
 from mswift.conversion.staging import check_space, check_target, make_temporary, parse_size, publish
 from mswift.errors import ConversionError
 
@@ -75,8 +75,7 @@ def export_model(
     """
     begun, groups, target = time.perf_counter(), groups or ExportGroups(), Path(directory)
     local, copies = list(parameters), [Path(path) for path in extra_files]
-    sizes = {"max_bytes": parse_size(max_shard_size), "num_replicas": groups.num_replicas, "tp_size": groups.tp_size}
-    plan = plan_export(held_by_stages(local, groups), rules, dtype=dtype, **sizes)
+    plan = plan_export(held_by_places(local, groups), rules, dtype=dtype, max_bytes=parse_size(max_shard_size), sizes=groups.sizes)
     temporary = _begin(target, plan.nbytes, exist_ok, copies, groups)
     try:
         walk = _Walk(plan, temporary, groups, dtype, progress)
@@ -92,27 +91,44 @@ class _Walk:
     """One rank's way through its parameters. An error is kept until the others can know of it, so that collectives stay in step."""
 
     def __init__(self, plan: ExportPlan, temporary: Path, groups: ExportGroups, dtype: torch.dtype | None, progress: Progress | None) -> None:
-        self._groups, self._dtype, self._progress = groups, dtype, progress
-        self._rules = plan.rules[groups.stage]
-        self._tp_rank_of = plan.writers_of(groups.stage, groups.replica)
-        place = (groups.stage, groups.replica, groups.tp_rank)
-        self._files = [file for file in plan.files if (file.stage, file.replica, file.tp_rank) == place]
+        self._plan, self._groups, self._dtype, self._progress = plan, groups, dtype, progress
         self._temporary = temporary
+        own = {(groups.place(axis), spread.replica, spread.shard) for axis, spread in groups.spreads.items()}
+        self._files = [file for file in plan.files if (file.place, file.replica, file.shard) in own]
+        self._helped = [file for file in plan.files if own & {(place, 0, 0) for place in file.helpers}]
         self._writers: dict[str, ShardWriter] = {}  # by HF tensor
         self._error: Exception | None = None
-        self.done, self.total = 0, sum(file.nbytes for file in self._files)
+        self._stopped = False
+        self.done, self.total = 0, sum(file.nbytes // (1 + len(file.helpers)) for file in self._files + self._helped)
 
-    def run(self, parameters: Iterable[ExportParameter]) -> None:
-        """Write this rank's files, whole. Collective; raises on every rank if one failed."""
+    def run(self, parameters: Sequence[ExportParameter]) -> None:
+        """Write this rank's files, whole, and its rows of those that several ranks write. Collective; raises on every rank if one failed."""
         with self._kept():
-            for file in self._files:
-                self._writers.update(dict.fromkeys(file.specs, ShardWriter(self._temporary / file.name, file.specs)))
-        steps = ((parameter, self._owners(parameter)) for parameter in parameters)
-        complete = all(self._step(parameter, owners) for parameter, owners in steps if owners)
-        for writer in dict.fromkeys(self._writers.values()):
+            self._open(self._files, join=False)
+        if self._plan.shares_files:
+            agree(self._error, self._groups)  # a file is there before others open it
             with self._kept():
-                (writer.close if complete and self._error is None else writer.discard)()
+                self._open(self._helped, join=True)
+        for axis in self._groups.spreads:
+            self._walk(axis, [parameter for parameter in parameters if parameter.shard.axis == axis])
+        self._close()
         agree(self._error, self._groups)
+
+    def _open(self, files: Iterable[OutFile], *, join: bool) -> None:
+        for file in files:
+            self._writers.update(dict.fromkeys(file.specs, ShardWriter(self._temporary / file.name, file.specs, join=join)))
+
+    def _close(self) -> None:
+        writers = list(dict.fromkeys(self._writers.values()))
+        others: list[dict[str, int]] = []
+        if self._plan.shares_files:
+            others = exchange({name: count for writer in writers if writer.joined for name, count in writer.written.items()}, self._groups)
+        for writer in writers:
+            with self._kept():
+                if self._stopped or self._error is not None:
+                    writer.discard()
+                else:
+                    writer.close(others)
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -121,11 +137,18 @@ class _Walk:
         except Exception as error:  # raised again by `agree`, on all ranks together
             self._error = self._error or error
 
-    def _owners(self, parameter: ExportParameter) -> list[int]:
-        rule = self._rules.get(parameter.name)
-        return sorted({self._tp_rank_of[name] for name in rule.sources if name in self._tp_rank_of}) if rule else []
+    def _walk(self, axis: Axis, parameters: Iterable[ExportParameter]) -> None:
+        """The parameters of one axis, up to the first failure in the group that shares them."""
+        spread, place = self._groups.spreads[axis], self._groups.place(axis)
+        rules, shard_of = self._plan.rules[place], self._plan.writers_of(place, spread.replica)
+        for parameter in parameters:
+            rule = rules.get(parameter.name)
+            owners = sorted({shard_of[name] for name in rule.sources if name in shard_of}) if rule else []
+            if rule and owners and not self._step(parameter, rule, owners, spread):
+                self._stopped = True  # told to the other group at its first step
+                return
 
-    def _step(self, parameter: ExportParameter, owners: list[int]) -> bool:
+    def _step(self, parameter: ExportParameter, rule: Rule, owners: list[int], spread: Spread) -> bool:
         """Bring one parameter to the ranks that write it; False if a rank of the group has failed."""
         value = torch.empty(0)
         with self._kept():
@@ -133,13 +156,13 @@ class _Walk:
             if tuple(value.shape) != parameter.shape:
                 raise ConversionError(f"{parameter.name} should have shape {parameter.shape}, its value has {tuple(value.shape)}")
             value = value.to(cast_of(parameter.dtype, self._dtype))
-        if any_failed(self._error is not None, self._groups):
+        if any_failed(self._stopped or self._error is not None, spread):
             return False
         for owner in owners:
-            shards = gather_shards(value, parameter.shard.dim, owner, self._groups)
+            shards = gather_shards(value, parameter.shard.dim, owner, spread)
             if shards:
                 with self._kept():
-                    self._write(self._rules[parameter.name], parameter, shards)
+                    self._write(rule, parameter, shards)
         return True
 
     def _write(self, rule: Rule, parameter: ExportParameter, shards: list[torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mswift.conversion.collective import ExportGroups, exchange
-from mswift.conversion.coverage import fail_on, gap, gaps, rules_by_target, source_rows
+from mswift.conversion.coverage import fail_on, gaps, rules_by_target, source_rows
 from mswift.conversion.file_plan import OutFile, plan_files
 from mswift.conversion.load import LocalParameter
 from mswift.conversion.rules import AnyRule, Rule, Shape
@@ -48,7 +48,7 @@ class ExportParameter:
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """``rules``: of the parameters that each stage writes, by stage and name. ``files``: of the whole model."""
+    """``rules``: of the parameters that each place writes, by place and name. ``files``: of the whole model."""
 
     rules: list[dict[str, Rule]]
     files: list[OutFile]
@@ -61,39 +61,47 @@ class ExportPlan:
     def num_tensors(self) -> int:
         return sum(len(file.specs) for file in self.files)
 
-    def writers_of(self, stage: int, replica: int) -> dict[str, int]:
-        """The tensor-parallel rank that writes each HF tensor, for those that one replica of one stage writes."""
-        return {name: file.tp_rank for file in self.files if (file.stage, file.replica) == (stage, replica) for name in file.specs}
+    @property
+    def shares_files(self) -> bool:
+        """Whether ranks of several places write into one file."""
+        return any(file.helpers for file in self.files)
+
+    def writers_of(self, place: int, replica: int) -> dict[str, int]:
+        """The shard rank that writes each HF tensor, for those that one replica of one place writes."""
+        own = {name: file.shard for file in self.files if (file.place, file.replica) == (place, replica) for name in file.specs}
+        helped = {name: 0 for file in self.files if replica == 0 and place in file.helpers for name in file.specs}
+        return {**helped, **own}
 
 
 def plan_export(
-    stages: Sequence[Mapping[str, TensorSpec]],
+    places: Sequence[Mapping[str, TensorSpec]],
     rules: Sequence[AnyRule],
     *,
     dtype: torch.dtype | None = None,
     max_bytes: int = 5 * 10**9,
-    num_replicas: int = 1,
-    tp_size: int = 1,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> ExportPlan:
-    """From what every pipeline stage holds, as whole parameters, to files. A parameter that several stages hold is the first one's.
+    """From what every place holds, as whole parameters, to files. A parameter that several places hold is the first one's.
+
+    Args:
+        sizes: (replicas, shards) of each place; None: one of each.
 
     Raises:
         ConversionError: model and rules do not match one to one, or an HF tensor would lack rows.
     """
     by_target = rules_by_target(rules)
-    owners = {name: stage for stage in reversed(range(len(stages))) for name in stages[stage]}
-    specs = {name: stages[owners[name]][name] for held in stages for name in held}
+    owners = {name: place for place in reversed(range(len(places))) for name in places[place]}
+    specs = {name: places[owners[name]][name] for held in places for name in held}
     fail_on(gaps(rules, specs, {source for rule in by_target.values() for source in rule.sources}), "export this model")
     exported = {name: by_target[name] for name in specs if by_target[name].exported}
     shapes, problems = source_rows(exported, {name: spec.shape for name, spec in specs.items()})
-    tensors: list[dict[str, TensorSpec]] = [{} for _ in stages]
+    fail_on(problems, "export this model")
+    tensors: list[dict[str, TensorSpec]] = [{} for _ in places]
     for name, rule in exported.items():
         for source in rule.sources:
             tensors[owners[name]].setdefault(source, TensorSpec(cast_of(specs[name].dtype, dtype), shapes[source]))
-    spread = [name for name in shapes if sum(name in stage for stage in tensors) > 1]
-    fail_on([*problems, *gap("tensor", spread, "spread over pipeline stages")], "export this model")
-    files = plan_files(tensors, max_bytes, num_replicas, tp_size)
-    return ExportPlan([{name: rule for name, rule in exported.items() if owners[name] == stage} for stage in range(len(stages))], files)
+    files = plan_files(tensors, max_bytes, sizes)
+    return ExportPlan([{name: rule for name, rule in exported.items() if owners[name] == place} for place in range(len(places))], files)
 
 
 def cast_of(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -103,26 +111,28 @@ def cast_of(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What one rank tells the others: in full from the first rank of a stage, as a digest from the rest."""
+    """What one rank tells the others of one place: in full from the first rank there, as a digest from the rest."""
 
-    stage: int
+    place: int
     digest: str
     specs: dict[str, TensorSpec]
 
 
-def held_by_stages(parameters: Sequence[ExportParameter], groups: ExportGroups) -> list[dict[str, TensorSpec]]:
-    """The whole parameters of every pipeline stage, in order. Collective.
+def held_by_places(parameters: Sequence[ExportParameter], groups: ExportGroups) -> list[dict[str, TensorSpec]]:
+    """The whole parameters of every place, in order. Collective.
 
     Raises:
-        ConversionError: ranks of one stage disagree; on all ranks.
+        ConversionError: ranks of one place disagree; on all ranks.
     """
-    specs = {parameter.name: parameter.whole for parameter in parameters}
-    digest = hashlib.sha256(repr([(parameter.name, parameter.whole) for parameter in parameters]).encode()).hexdigest()
-    first = groups.tp_rank == 0 and groups.replica == 0
-    entries = exchange(_Held(groups.stage, digest, specs if first else {}), groups)
-    stages: list[dict[str, TensorSpec]] = [{} for _ in range(groups.num_stages)]
+    mine = []
+    for axis, spread in groups.spreads.items():
+        own = [(parameter.name, parameter.whole) for parameter in parameters if parameter.shard.axis == axis]
+        first = spread.shard == 0 and spread.replica == 0
+        mine.append(_Held(groups.place(axis), hashlib.sha256(repr(own).encode()).hexdigest(), dict(own) if first else {}))
+    entries = [entry for held in exchange(mine, groups) for entry in held]
+    places: list[dict[str, TensorSpec]] = [{} for _ in groups.sizes]
     for entry in entries:
-        stages[entry.stage].update(entry.specs)
-    if any(len({entry.digest for entry in entries if entry.stage == stage}) > 1 for stage in range(groups.num_stages)):
+        places[entry.place].update(entry.specs)
+    if any(len({entry.digest for entry in entries if entry.place == place}) > 1 for place in range(len(places))):
         raise ConversionError("the ranks of one pipeline stage hold different parameters, or in a different order; export needs the same on each")
-    return stages
+    return places

@@ -11,13 +11,17 @@ from mswift.conversion.safetensors_io import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class OutFile:
-    """One safetensors file and the rank that writes it: pipeline ``stage``, ``replica`` of it, ``tp_rank`` inside that."""
+    """One safetensors file and the rank that makes it: ``place`` (`collective.Spread`), ``replica`` of it, ``shard`` inside that.
+
+    ``helpers``: other places that hold rows of its tensors; the first rank of each writes them into the file.
+    """
 
     name: str
-    stage: int
+    place: int
     replica: int
-    tp_rank: int
+    shard: int
     specs: dict[str, TensorSpec] = field(default_factory=dict)
+    helpers: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -37,19 +41,26 @@ def split_by_size(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[dict[
     return groups
 
 
-def plan_files(stages: Sequence[Mapping[str, TensorSpec]], max_bytes: int, num_replicas: int = 1, tp_size: int = 1) -> list[OutFile]:
-    """The files of a model; a file holds tensors of one stage, and a stage's files go round its replicas, then its TP ranks.
+def plan_files(places: Sequence[Mapping[str, TensorSpec]], max_bytes: int, sizes: Sequence[tuple[int, int]] | None = None) -> list[OutFile]:
+    """The files of a model; a file belongs to one place, and a place's files go round its replicas, then its shards.
 
     Args:
-        stages: for each pipeline stage, the HF tensors that it makes, in order.
+        places: for each place the HF tensors that it makes, in order; a tensor of several places goes into a file of the first.
+        sizes: (replicas, shards) of each place; None: one of each.
     """
-    groups = [(stage, specs) for stage, tensors in enumerate(stages) for specs in split_by_size(tensors, max_bytes)]
+    makers: dict[str, list[int]] = {}
+    for place, tensors in enumerate(places):
+        for name in tensors:
+            makers.setdefault(name, []).append(place)
+    own = [{name: spec for name, spec in tensors.items() if makers[name][0] == place} for place, tensors in enumerate(places)]
+    groups = [(place, specs) for place, tensors in enumerate(own) for specs in split_by_size(tensors, max_bytes)]
     files: list[OutFile] = []
-    for number, (stage, specs) in enumerate(groups, start=1):
-        turn = sum(file.stage == stage for file in files)
-        tp_rank, replica = divmod(turn, num_replicas)
+    for number, (place, specs) in enumerate(groups, start=1):
+        num_replicas, num_shards = sizes[place] if sizes else (1, 1)
+        shard, replica = divmod(sum(file.place == place for file in files), num_replicas)
         name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        files.append(OutFile(name, stage, replica, tp_rank % tp_size, specs))
+        helpers = sorted({other for tensor in specs for other in makers[tensor][1:]})
+        files.append(OutFile(name, place, replica, shard % num_shards, specs, tuple(helpers)))
     return files
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -208,21 +208,24 @@ class ShardWriter:
 
     Args:
         path: is created or replaced. specs: all tensors of the file; larger element types come first, so that all are aligned.
+        join: the file is another process's, made with the same specs; rows are written into it, and that process checks that all are there.
 
     Raises:
         ConversionError: the disk is full or the file cannot be written; a tensor that does not fit its spec; rows left unwritten.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None, *, join: bool = False) -> None:
+        self.path, self.joined = path, join
         order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)  # stable: names of one type keep their order
         self._specs = {name: specs[name] for name in order}
         header, self._offsets, size = _layout(self._specs, METADATA if metadata is None else metadata)
-        self._missing = {name: spec.nbytes for name, spec in self._specs.items()}
+        self.written = dict.fromkeys(self._specs, 0)
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._fd = os.open(path, os.O_RDWR | (0 if join else os.O_CREAT | os.O_TRUNC), 0o666)
         except OSError as error:
             raise ConversionError(f"cannot write {path}: {error.strerror}; free some space or choose another directory") from None
+        if join:
+            return
         try:
             os.ftruncate(self._fd, size)
             self._write_all(memoryview(header), 0)
@@ -242,7 +245,7 @@ class ShardWriter:
             self._write_all(view, self._offsets[name] + start_row * spec.row_bytes)
         except OSError as error:
             raise self._failed(error) from None
-        self._missing[name] -= view.nbytes
+        self.written[name] += view.nbytes
         return view.nbytes
 
     def _write_all(self, view: memoryview, offset: int) -> None:
@@ -253,14 +256,18 @@ class ShardWriter:
     def _failed(self, error: OSError) -> ConversionError:
         return ConversionError(f"cannot write {self.path}: {error.strerror}; free some space or choose another directory")
 
-    def close(self) -> None:
+    def close(self, others: Iterable[Mapping[str, int]] = ()) -> None:
         """Close the file, complete.
+
+        Args:
+            others: `written` of the writers that joined this one.
 
         Raises:
             ConversionError: some rows were never written, or were written twice.
         """
-        wrong = [name for name, left in self._missing.items() if left]
-        if wrong:
+        total = {name: count + sum(other.get(name, 0) for other in others) for name, count in self.written.items()}
+        wrong = [name for name, count in total.items() if count != self._specs[name].nbytes]
+        if wrong and not self.joined:
             self.discard()
             raise ConversionError(f"{self.path}: {listing('incomplete tensor', wrong)}; the model and its rules disagree")
         try:
@@ -270,9 +277,10 @@ class ShardWriter:
             raise self._failed(error) from None
 
     def discard(self) -> None:
-        """Close and remove the file."""
+        """Close and remove the file; leave it to its maker where it was joined."""
         os.close(self._fd)
-        self.path.unlink(missing_ok=True)
+        if not self.joined:
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -8,31 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from mswift.conversion.rules import Piece, Shape
 from mswift.errors import ConversionError
 
+Axis = Literal["tp", "etp"]
+"""What a parameter is split over: the tensor-parallel ranks, or those that share one expert where experts are spread."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Part ``rank`` of ``size`` equal parts along ``dim`` (0 or 1); ``dim`` None: the whole, on every rank."""
+    """Part ``rank`` of ``size`` equal parts along ``dim`` (0 or 1); ``dim`` None: the whole, on every rank of the mesh ``axis``."""
 
     dim: int | None = None
     rank: int = 0
     size: int = 1
+    axis: Axis = "tp"
 
     def __post_init__(self) -> None:
         if self.dim not in (None, 0, 1) or not 0 <= self.rank < self.size:
             raise ConversionError(f"shard {self.rank} of {self.size} along dim {self.dim}; wanted dim 0, 1 or None and a rank inside the size")
 
     @classmethod
-    def of(cls, parameter: torch.Tensor, rank: int, size: int) -> Shard:
+    def of(cls, parameter: torch.Tensor, rank: int, size: int, axis: Axis = "tp") -> Shard:
         """From megatron's attributes: ``tensor_model_parallel`` and ``partition_dim``."""
         if not getattr(parameter, "tensor_model_parallel", False):
-            return cls(None, rank, size)
-        return cls(int(parameter.partition_dim), rank, size)  # type: ignore[attr-defined]
+            return cls(None, rank, size, axis)
+        return cls(int(parameter.partition_dim), rank, size, axis)  # type: ignore[attr-defined]
 
     def whole_shape(self, local_shape: Sequence[int]) -> Shape:
         """Shape of the whole parameter, from that of the local one."""

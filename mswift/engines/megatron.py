@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mswift.data.batches import MicroBatch
 from mswift.engines.base import StepResult
 from mswift.engines.megatron_model import MegatronModel
-from mswift.errors import ConfigError
+from mswift.errors import CheckpointError, ConfigError
 from mswift.families.model import global_name, shard_of
 from mswift.families.modules import CausalLM
 from mswift.objectives.base import Objective, Outputs
@@ -195,6 +195,12 @@ class MegatronEngine:
                         optimizer.state[parameter].update(step=torch.tensor(0.0), **state)
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if len({type(key) for key in state["optimizer"]}) > 1:  # one optimizer has names, several have numbers; here both came together
+            now = "are" if self.groups.layout.ep > 1 else "are not"
+            raise CheckpointError(
+                f"the checkpoint was made the other way: trained experts {now} spread over ranks in this run; "
+                "resume with the expert_model_parallel_size that its args.json names"
+            )
         for number, chunk in enumerate(self.model.chunks):
             own = dict(chunk.named_parameters())
             with torch.no_grad():
@@ -220,17 +226,19 @@ class MegatronEngine:
         return [parameter.numel() for chunk in self.chunks for parameter in chunk.parameters() if parameter.requires_grad]
 
     def parameter_counts(self) -> tuple[int, int]:
-        """(trained, all) parameters of the whole model, counted once over the ranks of one replica."""
-        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        """(trained, all) parameters of the whole model, each counted once however many ranks hold it."""
+        layout = self.groups.layout
+        copies = {"tp": layout.dp * layout.cp, "etp": layout.expert_replicas}
+        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for chunk in self.model.chunks:
             for name, parameter in chunk.named_parameters():
                 copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
-                if copy or (shard_of(parameter, self.groups).dim is None and self.groups.coords.tp > 0):
+                shard = shard_of(parameter, self.groups)
+                if copy or (shard.dim is None and shard.rank > 0):
                     continue
-                counts += torch.tensor([parameter.numel() * parameter.requires_grad, parameter.numel()])
+                counts += torch.tensor([parameter.numel() * parameter.requires_grad, parameter.numel()]) / copies[shard.axis]
         dist.all_reduce(counts)
-        replicas = self.groups.layout.dp * self.groups.layout.cp
-        return int(counts[0]) // replicas, int(counts[1]) // replicas
+        return round(float(counts[0])), round(float(counts[1]))
 
     def trained_fingerprint(self) -> str:
         """SHA-256 over the names and whole shapes of the trained tensors of all stages; the same in every layout."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mswift.conversion.adapters import lora_from_peft, lora_to_peft, unplaced_modules
-from mswift.conversion.collective import ExportGroups, agree, gather_small
+from mswift.conversion.collective import ExportGroups, Spread, agree, gather_small
 from mswift.conversion.coverage import rules_by_target
 from mswift.conversion.directories import CONFIG_FILE, read_json
 from mswift.conversion.export import ExportReport, export_model
@@ -22,7 +22,7 @@ from mswift.conversion.load import LoadReport, LocalParameter, Progress, all_nam
 from mswift.conversion.peft_io import read_peft, write_peft
 from mswift.conversion.rules import AnyRule
 from mswift.conversion.safetensors_io import CheckpointReader
-from mswift.conversion.shards import take
+from mswift.conversion.shards import Axis, Shard, take
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
@@ -177,10 +177,10 @@ class MegatronModel:
         assert self.lora is not None
         rules = rules_by_target(self.rules)
         groups = self._export_groups()
-        parts: dict[str, tuple[torch.Tensor, int | None, int]] = {}
+        parts: dict[str, tuple[torch.Tensor, Shard, int]] = {}
         for name, module in self.adapters():
             for factor, parameter in (("A", module.lora_a), ("B", module.lora_b)):
-                parts[f"{name}/{factor}"] = (parameter.detach(), shard_of(parameter, self.groups).dim, rules[name].parts if factor == "B" else 1)
+                parts[f"{name}/{factor}"] = (parameter.detach(), shard_of(parameter, self.groups), rules[name].parts if factor == "B" else 1)
         whole = gather_small(parts, groups)
         error: Exception | None = None
         if is_main_process():
@@ -209,15 +209,14 @@ class MegatronModel:
 
     def _export_groups(self) -> ExportGroups:
         layout, coords = self.groups.layout, self.groups.coords
-        return ExportGroups(
-            tp_group=self.groups.tp if layout.tp > 1 else None,
-            tp_rank=coords.tp,
-            tp_size=layout.tp,
-            stage=coords.pp,
-            num_stages=layout.pp,
-            replica=coords.dp,
-            num_replicas=layout.dp,
-        )
+        tp_group = self.groups.tp if layout.tp > 1 else None
+        spreads: dict[Axis, Spread] = {"tp": Spread(tp_group, coords.tp, layout.tp, coords.pp, layout.pp, coords.dp, layout.dp)}
+        if layout.ep > 1:
+            here = layout.expert_coords(self.groups.rank)
+            place = {"place": coords.pp * layout.ep + here.ep, "num_places": layout.pp * layout.ep}
+            etp_group = self.groups.collection.expt_tp if layout.expert_tp > 1 else None
+            spreads["etp"] = Spread(etp_group, here.etp, layout.expert_tp, replica=here.replica, num_replicas=layout.expert_replicas, **place)
+        return ExportGroups(spreads)
 
     def export_merged(self, directory: Path, *, max_shard_size: str, exist_ok: bool = False, progress: Progress | None = None) -> ExportReport:
         """Write the model, adapters merged in fp32 and rounded once, as a sharded Hugging Face directory; every rank writes its share."""

@@ -66,7 +66,8 @@ def transformer_config(
     """
     layout = groups.layout
     fields = description.transformer
-    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"])
+    experts = {"num_experts": fields.get("num_moe_experts", 0), "expert_size": fields.get("moe_ffn_hidden_size", 0)}
+    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"], **experts)
     groups_of_queries = description.padding(layout.tp).groups
     settings = {
         **runtime.transformer_settings(pp=layout.pp, vpp=layout.vpp),
@@ -79,6 +80,7 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
         "sequence_parallel": sequence_parallel and layout.tp > 1,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -164,12 +166,14 @@ def _mark_partitions(model: nn.Module) -> None:
 
 
 def global_name(model: CausalLM, name: str) -> str:
-    """The name of a local parameter or module over all pipeline stages; the layer of an adapter's base is not told apart."""
+    """The name of a local parameter or module in the whole model: over all stages and experts; an adapter's base goes by the layer's own name."""
 
     def renumber(match: re.Match[str]) -> str:
-        return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
+        layer = model.decoder.layers[int(match[1])]
+        expert = f"{match[2]}{layer.mlp.local_expert_indices[int(match[3])]}." if match[3] else ""
+        return f"decoder.layers.{layer.layer_number - 1}.{expert}"
 
-    return re.sub(r"^decoder\.layers\.(\d+)\.", renumber, name).replace(".base_layer.", ".")
+    return re.sub(r"^decoder\.layers\.(\d+)\.(?:(mlp\.experts\.local_experts\.)(\d+)\.)?", renumber, name).replace(".base_layer.", ".")
 
 
 def base_parameters(model: CausalLM, groups: Groups) -> Iterator[tuple[str, Tensor, Shard]]:
@@ -184,4 +188,6 @@ def base_parameters(model: CausalLM, groups: Groups) -> Iterator[tuple[str, Tens
 
 def shard_of(parameter: Tensor, groups: Groups) -> Shard:
     """Which part of the whole tensor this rank holds, from megatron's own attributes."""
-    return Shard.of(parameter, groups.coords.tp, groups.layout.tp)
+    if getattr(parameter, "allreduce", True):
+        return Shard.of(parameter, groups.coords.tp, groups.layout.tp)
+    return Shard.of(parameter, groups.layout.expert_coords(groups.rank).etp, groups.layout.expert_tp, "etp")

@@ -18,6 +18,15 @@ class RankCoords:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertCoords:
+    """Where one rank stands among those that hold experts: part ``etp`` of the experts of share ``ep``, copy ``replica`` of them."""
+
+    etp: int
+    ep: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
 class ParallelLayout:
     """Sizes of the mesh axes; megatron-core's rank order, ``tp`` fastest, then ``cp``, ``dp``, ``pp``.
 
@@ -55,6 +64,11 @@ class ParallelLayout:
                 f"parallel layout: etp({self.expert_tp}) x ep({self.ep}) x pp({self.pp}) = {expert} does not divide {self.world} process(es); "
                 f"start a multiple of {expert} processes or make the sizes smaller"
             )
+        if self.ep == 1 and self.expert_tp != self.tp:
+            raise LayoutError(
+                f"parallel layout: etp({self.expert_tp}) with ep(1) and tp({self.tp}); experts that are not spread are split as the layers are: "
+                f"make etp {self.tp}, or ep larger"
+            )
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError(f"parallel layout: vpp({self.vpp}) needs pp of at least 2, got pp({self.pp}); drop the virtual stages")
 
@@ -66,6 +80,11 @@ class ParallelLayout:
     def dp(self) -> int:
         return self.world // (self.tp * self.pp * self.cp)
 
+    @property
+    def independent_copies(self) -> int:
+        """Copies of the model that can compute each at its own pace: copies that share experts go step by step together."""
+        return self.dp if self.ep == 1 else 1
+
     def coords(self, rank: int) -> RankCoords:
         """The coordinates of ``rank`` (0 <= rank < world) on the dense mesh."""
         if not 0 <= rank < self.world:
@@ -75,18 +94,36 @@ class ParallelLayout:
         pp, dp = divmod(rest, self.dp)
         return RankCoords(tp, cp, dp, pp)
 
+    @property
+    def expert_replicas(self) -> int:
+        """Copies of each expert."""
+        return self.world // (self.expert_tp * self.ep * self.pp)
+
+    def expert_coords(self, rank: int) -> ExpertCoords:
+        """The coordinates of ``rank`` on the expert mesh: ``etp`` fastest, then ``ep``, then copies; stages as on the dense mesh."""
+        rest, etp = divmod(rank % (self.world // self.pp), self.expert_tp)
+        replica, ep = divmod(rest, self.ep)
+        return ExpertCoords(etp, ep, replica)
+
     def rank_of(self, coords: RankCoords) -> int:
         return coords.tp + self.tp * (coords.cp + self.cp * (coords.dp + self.dp * coords.pp))
 
-    def check_model(self, *, num_layers: int, ffn_size: int) -> None:
+    def check_model(self, *, num_layers: int, ffn_size: int, num_experts: int | None = None, expert_size: int = 0) -> None:
         """Refuse a model that this layout cannot split evenly; every factor is printed. (Heads and vocabulary are padded, exactly.)
 
+        Args:
+            ffn_size: MLP width. num_experts: of a layer, 0 for none, None where that is not known yet. expert_size: MLP width of one.
+
         Raises:
-            LayoutError: the MLP does not divide by tp, or layers by pp x vpp.
+            LayoutError: the MLP does not divide by tp, layers by pp x vpp, experts by ep, or an expert by etp.
         """
         faults = []
         if ffn_size % self.tp:
             faults.append(f"MLP width {ffn_size} by tp({self.tp})")
+        if num_experts is not None and (num_experts % self.ep or (self.ep > 1 and not num_experts)):
+            faults.append(f"{num_experts} experts by ep({self.ep})")
+        if expert_size % self.expert_tp:
+            faults.append(f"expert width {expert_size} by etp({self.expert_tp})")
         if num_layers % (self.pp * self.vpp):
             faults.append(f"{num_layers} layers by pp({self.pp}) x vpp({self.vpp}) = {self.pp * self.vpp}")
         if faults:
@@ -96,5 +133,6 @@ class ParallelLayout:
         """One short text, such as ``tp2 pp1 dp1 (2 processes)``."""
         axes = [f"tp{self.tp}", f"pp{self.pp}"]
         axes += [f"{name}{size}" for name, size in (("vpp", self.vpp), ("cp", self.cp), ("ep", self.ep)) if size != 1]
+        axes += [f"etp{self.expert_tp}"] if self.ep != 1 and self.expert_tp != 1 else []
         model = max(1, self.tp * self.pp * self.cp)
         return f"{' '.join(axes)} dp{self.world // model} ({self.world} process{'es' if self.world != 1 else ''})"

@@ -58,6 +58,11 @@ class Generator:
     """
 
     def __init__(self, model: MegatronModel, tokenizer: Any, *, max_length: int | None = None) -> None:
+        layout = model.groups.layout
+        if layout.ep > 1 and layout.tp > 1:
+            raise ConfigError(
+                f"generation from spread experts needs undivided layers, got {layout.describe()}; use expert or tensor parallelism alone"
+            )
         if model.config.sequence_parallel:
             raise ConfigError("generation cannot split a sequence of one token over ranks; build the model with sequence_parallel false")
         self.model, self.tokenizer = model, tokenizer
@@ -73,7 +78,7 @@ class Generator:
         return [answers[row] for row in range(len(prompts))]
 
     def stream(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None) -> Iterator[list[Piece]]:
-        """Answer `prompts` (token ids) together; after each token gives a piece for every row that is not finished.
+        """Answer `prompts` (token ids) together, the same ones on all ranks of the model; a piece for every unfinished row after each token.
 
         The caller may stop between two steps by leaving the iterator.
 
@@ -155,6 +160,8 @@ class Generator:
             dist.broadcast(tokens, dist.get_global_rank(groups.tp, 0), group=groups.tp)
         if groups.layout.pp > 1:
             dist.broadcast(tokens, dist.get_global_rank(groups.pp, groups.layout.pp - 1), group=groups.pp)
+        if groups.layout.independent_copies < groups.layout.dp:
+            dist.broadcast(tokens, dist.get_global_rank(groups.dp, 0), group=groups.dp)
         if seen is not None:
             seen[torch.arange(len(rows), device=seen.device), tokens] = True
         return tokens

@@ -118,7 +118,8 @@ def resume(engine: Engine, directory: Path, identity: RunIdentity) -> int:
     if (saved.data, saved.global_batch_size, saved.seed) != (now.data, now.global_batch_size, now.seed):
         logger.warning("%s: the data, global_batch_size or seed changed since; rows may be seen twice or not at all in this epoch", directory)
     try:
-        engine.load_state(load_state(engine.sharded_state(loading=True), directory / RESUME_DIR / STATE_DIR))
+        state = load_state(engine.sharded_state(loading=True), directory / RESUME_DIR / STATE_DIR)
     except CheckpointError as error:
         raise damaged(directory, str(error)) from error
+    engine.load_state(state)
     return point.step

@@ -23,6 +23,8 @@ class Run:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    ep: int = 1
+    etp: int | None = None
     steps: int = 5
     micro_batch_size: int = 2
     global_batch_size: int = 8
@@ -45,7 +47,7 @@ def open_model(run: Run, world: int) -> Any:
     from mswift.tuners.lora import LoraSettings
 
     runtime = select("cpu")
-    groups = make_groups(ParallelLayout(world=world, tp=run.tp, pp=run.pp, vpp=run.vpp))
+    groups = make_groups(ParallelLayout(world=world, tp=run.tp, pp=run.pp, vpp=run.vpp, ep=run.ep, etp=run.etp))
     settings = BuildSettings(run.checkpoint, dtype=run.dtype, sequence_parallel=run.sequence_parallel, transformer=run.transformer)
     model = MegatronModel(settings, groups, runtime)
     if run.lora is not None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mswift.conversion.adapters import lora_from_peft, lora_to_peft
-from mswift.conversion.collective import ExportGroups, gather_small
+from mswift.conversion.collective import ExportGroups, Spread, gather_small
 from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LocalParameter, all_names, load_weights
@@ -41,13 +41,14 @@ def groups_of(rank: int, layout: Layout) -> ExportGroups:
         tp_group = group if first <= rank < first + layout.tp else tp_group
     rest, tp_rank = divmod(rank, layout.tp)
     stage, replica = divmod(rest, layout.replicas)
-    return ExportGroups(tp_group, tp_rank, layout.tp, stage, layout.stages, replica, layout.replicas)
+    return ExportGroups({"tp": Spread(tp_group, tp_rank, layout.tp, stage, layout.stages, replica, layout.replicas)})
 
 
 def loaded(model: Model, directory: Path, groups: ExportGroups) -> list[LocalParameter]:
     """This rank's parameters, zero until they are read from the checkpoint."""
-    local = model.megatron(model.tensors(), groups.tp_rank, groups.tp_size, groups.stage, groups.num_stages)
-    parameters = local_parameters(local, groups.tp_rank, groups.tp_size, torch.zeros_like)
+    here = groups.spreads["tp"]
+    local = model.megatron(model.tensors(), here.shard, here.num_shards, here.place, here.num_places)
+    parameters = local_parameters(local, here.shard, here.num_shards, torch.zeros_like)
     with CheckpointReader(directory) as reader:
         load_weights(parameters, model.rules(), reader, model_parameters=all_names(parameters))
     return parameters
@@ -139,10 +140,12 @@ def test_a_failure_on_one_rank_leaves_the_target_as_it_was(tmp_path: Path) -> No
 def _adapters(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Every stage has LoRA on three kinds of layer; each rank keeps its shard, rank 0 gets all of them whole."""
     groups = groups_of(rank, Layout(2, 1, 2))
-    local: dict[str, tuple[torch.Tensor, int | None, int]] = {}
-    for name, (a, b, a_dim, b_dim, parts) in _whole_adapters(groups.stage).items():
-        local[f"{name}.a"] = (take(a, Shard(a_dim, groups.tp_rank, 2)), a_dim, 1)
-        local[f"{name}.b"] = (take(b, Shard(b_dim, groups.tp_rank, 2), parts), b_dim, parts)
+    here = groups.spreads["tp"]
+    local: dict[str, tuple[torch.Tensor, Shard, int]] = {}
+    for name, (a, b, a_dim, b_dim, parts) in _whole_adapters(here.place).items():
+        of_a, of_b = Shard(a_dim, here.shard, 2), Shard(b_dim, here.shard, 2)
+        local[f"{name}.a"] = (take(a, of_a), of_a, 1)
+        local[f"{name}.b"] = (take(b, of_b, parts), of_b, parts)
     return gather_small(local, groups)
 
 
@@ -180,4 +183,4 @@ def test_adapters_come_together_on_rank_0() -> None:
 
 def test_sizes_must_make_the_world() -> None:
     with pytest.raises(ConversionError, match="4 ranks, but 1 process"):
-        ExportGroups(tp_size=2, num_stages=2)
+        ExportGroups({"tp": Spread(num_shards=2, num_places=2)})

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import RankError, run_distributed
+from tests.parity.cases import options_of
 from tests.tiny import make_checkpoint
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -76,6 +77,16 @@ def test_every_rank_of_every_layout_gives_the_answers_of_one_process(layout: str
     assert ranks[0] == expected
     assert expected[0] != expected[1]
     assert expected[2] == expected[0][0]
+
+
+def test_copies_that_share_experts_go_step_by_step(tmp_path: Path) -> None:
+    family, changes = options_of("qwen3_moe/plain")
+    checkpoint = make_checkpoint(tmp_path / "model", family, **changes)
+    one = run_distributed(answers, 1, checkpoint, {})[0]
+    ranks = run_distributed(answers, 2, checkpoint, {"ep": 2}, timeout=120)
+    assert ranks == [one, one]
+    with pytest.raises(RankError, match="use expert or tensor parallelism alone"):
+        run_distributed(answers, 2, checkpoint, {"ep": 2, "tp": 2}, timeout=120)
 
 
 def test_an_adapter_answers_alike_on_two_ranks(checkpoint: Path, expected: list[Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.parity.cases import CASES
 from tests.parity.checks import check_against_transformers
 
-TP2, PP2 = (2, {"tp": 2}), (2, {"pp": 2})
+TP2, PP2, EP2 = (2, {"tp": 2}), (2, {"pp": 2}), (2, {"ep": 2})
 SP2 = (2, {"tp": 2, "sequence_parallel": True})
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1", "minimax_m2")  # over TP with split sequences only
 PLAIN = [(f"{family}/plain", layout) for family in CASES for layout in (SP2 if family in MIXTURES else TP2, PP2)]  # TP2 pads 3 groups of heads to 4
@@ -38,6 +38,11 @@ SPECIAL = [
     ("smollm3/plain", (2, {"pp": 2, "vpp": 2})),
     ("glm4/biases", SP2),
     ("qwen2_moe/normalised-some-dense", (2, {"pp": 2, "vpp": 2})),
+    *((f"{family}/plain", EP2) for family in MIXTURES),
+    ("mixtral/plain", (2, {"ep": 2, "tp": 2, "sequence_parallel": True})),
+    ("qwen2_moe/plain", (4, {"ep": 2, "pp": 2})),
+    ("qwen3_moe/plain", (4, {"ep": 2, "tp": 2, "sequence_parallel": True})),
+    ("glm4_moe/plain", (4, {"ep": 2, "etp": 2, "tp": 2, "sequence_parallel": True})),
     ("qwen3_moe/not-normalised", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
 ]
 

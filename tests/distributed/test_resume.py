@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import RankError, run_distributed
 from tests.distributed.runs import Run, open_batches, open_engine, train
+from tests.parity.cases import options_of
 from tests.tiny import make_checkpoint, write_rows
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
@@ -87,3 +88,38 @@ def test_resume_on_another_layout(tuner: str, written: tuple[int, dict], read: t
     for (loss, norm), (wanted, wanted_norm) in zip(resumed, went_on, strict=True):
         assert loss == pytest.approx(wanted, rel=1e-5)
         assert norm == pytest.approx(wanted_norm, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def mixture(base: Run) -> Run:
+    family, changes = options_of("qwen3_moe/plain")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    return replace(base, checkpoint=make_checkpoint(base.checkpoint.parent / "mixture", family, **{**changes, **heads}))
+
+
+FULL = {"lora": None, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("changes", [FULL, {**FULL, "distributed_optimizer": True, "dtype": "bfloat16"}, {}], ids=["full", "full-zero1", "lora"])
+def test_resume_with_spread_experts_is_bit_equal(changes: dict[str, Any], mixture: Run, tmp_path: Path) -> None:
+    run = replace(mixture, ep=2, **changes)
+    went_on = run_distributed(train_save_train, 2, run, tmp_path, timeout=180)[0]
+    resumed = run_distributed(resume_train, 2, run, tmp_path, timeout=180)[0]
+    assert resumed == went_on
+    assert len({loss for loss, _ in went_on}) == 3
+
+
+@pytest.mark.parametrize(("written", "read"), [({}, {"ep": 2}), ({"ep": 2}, {}), ({"ep": 2}, {"tp": 2, "sequence_parallel": True})])
+def test_resume_with_experts_on_other_ranks(written: dict[str, Any], read: dict[str, Any], mixture: Run, tmp_path: Path) -> None:
+    went_on = run_distributed(train_save_train, 2, replace(mixture, **written), tmp_path, timeout=180)[0]
+    resumed = run_distributed(resume_train, 2, replace(mixture, **read), tmp_path, timeout=180)[0]
+    for (loss, norm), (wanted, wanted_norm) in zip(resumed, went_on, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+        assert norm == pytest.approx(wanted_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(("written", "read"), [({}, {"ep": 2}), ({"ep": 2}, {})])
+def test_trained_experts_stay_spread_or_together(written: dict[str, Any], read: dict[str, Any], mixture: Run, tmp_path: Path) -> None:
+    run_distributed(train_save_train, 2, replace(mixture, **FULL, **written), tmp_path, timeout=180)
+    with pytest.raises(RankError, match="resume with the expert_model_parallel_size that"):
+        run_distributed(resume_train, 2, replace(mixture, **FULL, **read), tmp_path, timeout=180)

@@ -114,7 +114,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "biases": {"attention_out_bias": True, "mlp_bias": True, **_NO_DROPOUT},
         "no-biases": {"attention_bias": False, **_NO_DROPOUT},
     },
-    "mixtral": {"plain": {"num_local_experts": 5, "num_experts_per_tok": 2}, "windows": {"num_local_experts": 4, "sliding_window": 6}},
+    "mixtral": {"plain": {"num_local_experts": 6, "num_experts_per_tok": 2}, "windows": {"num_local_experts": 4, "sliding_window": 6}},
     "qwen2_moe": {
         "plain": {**_EXPERTS, "shared_expert_intermediate_size": 44, "qkv_bias": True},
         "normalised-some-dense": {**_EXPERTS, "shared_expert_intermediate_size": 44, "norm_topk_prob": True, "mlp_only_layers": [1]},

@@ -85,7 +85,9 @@ def measure(rank: int, world: int, run: Run, batches: Sequence[MicroBatch], grad
 
     engine = open_engine(run, world)
     logits = logits_of(engine.model, batches[0].input_ids)
-    result = engine.train_step(batches, SupervisedObjective(), step=0, learning_rate=0.0)
+    copies, own = engine.groups.layout.dp, engine.groups.coords.dp
+    assert len(batches) % copies == 0
+    result = engine.train_step(batches[own::copies], SupervisedObjective(), step=0, learning_rate=0.0)
     (export_gradients if engine.model.lora is None else export_adapter_gradients)(engine, gradients)
     return Measured(logits, result.loss, result.grad_norm)
 

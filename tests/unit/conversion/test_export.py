@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from mswift.conversion import staging
-from mswift.conversion.collective import ExportGroups
+from mswift.conversion.collective import ExportGroups, Spread
 from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LocalParameter, load_weights
@@ -198,8 +198,8 @@ def test_model_and_rules_must_match(tmp_path: Path) -> None:
         export_model(parameters, rules[1:], tmp_path / "out", config={})
     with pytest.raises(ConversionError, match=r"1 tensor \(model.norm.weight\) whose rows are not all there once"):
         export_model([*parameters, extra], [*rules, Rename("copy", "model.norm.weight")], tmp_path / "out", config={})
-    with pytest.raises(ConversionError, match=r"tp\(2\) x stages\(1\) x replicas\(1\) = 2 ranks, but 1 process"):
-        ExportGroups(tp_size=2)
+    with pytest.raises(ConversionError, match=r"tp\(2\) x places\(1\) x replicas\(1\) = 2 ranks, but 1 process"):
+        ExportGroups({"tp": Spread(num_shards=2)})
     with pytest.raises(ConversionError, match="size 'big' is not understood"):
         export_model(parameters, rules, tmp_path / "out", config={}, max_shard_size="big")
     assert list(tmp_path.iterdir()) == []

@@ -31,12 +31,12 @@ def test_files_keep_the_order_and_the_limit(sizes: list[int], limit: int) -> Non
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
 def test_files_go_round_the_ranks(tensors_of_stage: list[int], num_replicas: int, tp_size: int) -> None:
     stages = [{f"{stage}.{index}": spec(10) for index in range(count)} for stage, count in enumerate(tensors_of_stage)]
-    files = plan_files(stages, 10, num_replicas, tp_size)
+    files = plan_files(stages, 10, [(num_replicas, tp_size)] * len(stages))
     assert len({file.name for file in files}) == len(files) == sum(tensors_of_stage)
     for stage, count in enumerate(tensors_of_stage):
-        own = [(file.replica, file.tp_rank) for file in files if file.stage == stage]
+        own = [(file.replica, file.shard) for file in files if file.place == stage]
         assert len(set(own)) == min(count, num_replicas * tp_size)  # nobody writes two before everybody has one
-        assert {name for file in files if file.stage == stage for name in file.specs} == set(stages[stage])
+        assert {name for file in files if file.place == stage for name in file.specs} == set(stages[stage])
 
 
 def test_one_file_has_the_plain_name() -> None:
@@ -54,7 +54,7 @@ def test_a_model_in_stages() -> None:
         Rename("norm", "model.norm"),
     ]
     stages = [{"embedding": spec(8, 2), "fc1": spec(6, 2)}, {"norm": spec(2), "head": spec(8, 2)}]
-    plan = plan_export(stages, rules, max_bytes=10, num_replicas=2, tp_size=2)
+    plan = plan_export(stages, rules, max_bytes=10, sizes=[(2, 2)] * 2)
     assert [list(file.specs) for file in plan.files] == [["embed"], ["gate"], ["up"], ["model.norm"]]
     assert plan.files[0].specs["embed"].shape == (5, 2)
     assert plan.writers_of(0, 0) == {"embed": 0, "up": 1}
@@ -66,10 +66,10 @@ def test_a_model_in_stages() -> None:
 
 def test_a_parameter_that_two_stages_hold_is_written_by_the_first() -> None:
     plan = plan_export([{"a": spec(4)}, {"b": spec(4), "a": spec(4)}], [Rename("a", "x"), Rename("b", "y")])
-    assert [(file.stage, list(file.specs)) for file in plan.files] == [(0, ["x"]), (1, ["y"])]
+    assert [(file.place, list(file.specs)) for file in plan.files] == [(0, ["x"]), (1, ["y"])]
 
 
-def test_a_tensor_made_on_two_stages_is_refused() -> None:
+def test_a_tensor_of_two_places_has_one_file_that_both_write() -> None:
     class Half(Rename):
         """Rows 0 to 2 or 2 to 4 of a tensor of 4 rows."""
 
@@ -83,8 +83,13 @@ def test_a_tensor_made_on_two_stages_is_refused() -> None:
 
     rules = [Half("a", "x"), Half("b", "x")]
     assert plan_export([{"a": spec(2), "b": spec(2)}], rules).files[0].specs == {"x": spec(4)}
-    with pytest.raises(ConversionError, match=r"1 tensor \(x\) spread over pipeline stages"):
-        plan_export([{"a": spec(2)}, {"b": spec(2)}], rules)
+    plan = plan_export([{"a": spec(2)}, {"b": spec(2)}], rules, sizes=[(2, 2), (2, 2)])
+    assert plan.shares_files
+    assert [(file.place, file.replica, file.shard, file.helpers, file.specs) for file in plan.files] == [(0, 0, 0, (1,), {"x": spec(4)})]
+    assert plan.writers_of(0, 0) == plan.writers_of(1, 0) == {"x": 0}
+    assert plan.writers_of(0, 1) == plan.writers_of(1, 1) == {}
+    with pytest.raises(ConversionError, match=r"1 tensor \(x\) whose rows are not all there once"):
+        plan_export([{"a": spec(2)}, {"c": spec(2)}], [Half("a", "x"), Half("a2", "x"), Rename("c", "y")][::2])
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("200mb", 2 * 10**8), (77, 77), ("12", 12), ("1T", 10**12)])

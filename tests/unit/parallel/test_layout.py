@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mswift.errors import LayoutError, MswiftError
-from mswift.parallel.layout import ParallelLayout, RankCoords
+from mswift.parallel.layout import ExpertCoords, ParallelLayout, RankCoords
 
 SIZES = st.sampled_from([1, 2, 3, 4, 8])
 
@@ -30,6 +30,18 @@ def test_order_is_megatrons_up_to_4096_ranks() -> None:
         for group in generator.get_ranks(axis):
             assert [getattr(layout.coords(rank), axis) for rank in group] == list(range(len(group)))
     assert layout.coords(4095) == RankCoords(tp=7, cp=1, dp=15, pp=15)
+
+
+def test_order_of_experts_is_megatrons_up_to_4096_ranks() -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    layout = ParallelLayout(world=4096, tp=8, pp=8, ep=16, etp=4)
+    generator = RankGenerator(tp=4, ep=16, dp=layout.expert_replicas, pp=8, cp=1, order="tp-cp-ep-dp-pp")
+    for axis, ours in (("tp", "etp"), ("ep", "ep"), ("dp", "replica")):
+        for group in generator.get_ranks(axis):
+            assert [getattr(layout.expert_coords(rank), ours) for rank in group] == list(range(len(group)))
+    assert layout.expert_coords(4095) == ExpertCoords(etp=3, ep=15, replica=7)
+    assert (layout.independent_copies, ParallelLayout(world=4, tp=2).independent_copies) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +72,18 @@ def test_a_model_that_does_not_divide_is_refused_with_every_factor() -> None:
         layout.check_model(num_layers=5, ffn_size=47)
     assert "MLP width 47 by tp(2)" in str(caught.value)
     assert "5 layers by pp(2) x vpp(1) = 2" in str(caught.value)
+
+
+def test_experts_that_do_not_divide_are_refused() -> None:
+    layout = ParallelLayout(world=4, tp=2, ep=2, etp=2)
+    layout.check_model(num_layers=4, ffn_size=48, num_experts=6, expert_size=28)
+    with pytest.raises(LayoutError, match=r"0 experts by ep\(2\)"):
+        layout.check_model(num_layers=4, ffn_size=48, num_experts=0)
+    layout.check_model(num_layers=4, ffn_size=48)
+    with pytest.raises(LayoutError, match=r"5 experts by ep\(2\); expert width 27 by etp\(2\)"):
+        layout.check_model(num_layers=4, ffn_size=48, num_experts=5, expert_size=27)
+    with pytest.raises(LayoutError, match=r"etp\(1\) with ep\(1\) and tp\(2\)"):
+        ParallelLayout(world=2, tp=2, etp=1)
 
 
 def test_describe_and_bounds() -> None:
