@@ -59,6 +59,12 @@ VERBS: dict[str, Verb] = {
         "--adapters output/Qwen2.5-0.5B-Instruct",
         "mswift.commands.export:check",
     ),
+    "verify": Verb(
+        "Say whether two models are equal, tensor by tensor and in their logits",
+        "mswift.commands.verify:verify",
+        "--model A --against B",
+        "mswift.commands.verify:check",
+    ),
 }
 """In the order of ``mswift --help``."""
 
@@ -96,6 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main_process() and not launch.under_agent():
             print("interrupted", file=sys.stderr)
         return 130
+
+
+def program(usage: str, words: Sequence[str]) -> int:
+    """A program of ``converters/``: a verb with some of its flags given; `usage` is said above the verb's own help.
+
+    Args:
+        words: verb and flags that come before those of the command line.
+    """
+    if not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+        print(usage)
+    sys.argv[1:] = [*words, *("--output_dir" if word == "--output" else word for word in sys.argv[1:])]
+    return main()
 
 
 def _main(words: list[str], *, replace: bool) -> int:

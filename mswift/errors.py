@@ -35,6 +35,12 @@ class ConversionError(MswiftError, ValueError):
     """A checkpoint and a model do not match tensor for tensor."""
 
 
+class DifferenceError(MswiftError, ValueError):
+    """Two models that were to be equal are not."""
+
+    exit_code = 1
+
+
 class DataError(MswiftError, ValueError):
     """A data source, a row or a template is wrong."""
 

@@ -1,14 +1,20 @@
-"""``mswift export``: an adapter merged into its model, or written again, as a directory that other programs load."""
+"""``mswift export``: a model or an adapter in another form: merged, as a Hugging Face directory, as a Megatron checkpoint."""
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mswift.commands import session as sessions
-from mswift.commands.session import check_writable, find_adapter, find_model, load_model, open_session
+from mswift.commands.session import Session, check_writable, find_adapter, find_model, load_model, open_session
 from mswift.config import ExportConfig
+from mswift.conversion.directories import is_megatron, is_megatron_adapter
 from mswift.errors import ConfigError
 from mswift.log import get_logger, is_main_process, progress_bar
+
+if TYPE_CHECKING:
+    from mswift.engines.megatron_model import MegatronModel
 
 logger = get_logger(__name__)
 
@@ -24,7 +30,7 @@ def check(config: ExportConfig, world: int) -> None:
 
 
 def export(config: ExportConfig) -> None:
-    """Write the model (adapters merged with ``--merge_lora true``), or the adapter alone, from all processes; then say what to do next.
+    """Write what the flags ask for, from all processes; then say what it cost and what to do next.
 
     Raises:
         MswiftError: nothing to do, a model or adapter that cannot be read, or a target that exists.
@@ -34,41 +40,112 @@ def export(config: ExportConfig) -> None:
     target = _target(config, adapter)
     directory = find_model(config.model)
     with open_session(directory, config.parallel, config.runtime) as session:
-        model = load_model(session, config.model, config.parallel)
+        model = load_model(session, config.model, config.parallel, deferred=True)
         if adapter is not None:
             model.load_adapter(adapter)
-        if adapter is not None and not settings.merge_lora:
-            model.export_adapter(target, base_model=config.model.model, exist_ok=settings.exist_ok)
-            done = f"adapter written to {target}"
+        if settings.to_mcore:
+            done = _write_megatron(config, model, target)
+        elif settings.to_peft_format or (adapter is not None and not settings.merge_lora):
+            done = _write_adapter(config, model, target)
         else:
-            with progress_bar("writing the model") as progress:
-                report = model.export_merged(target, max_shard_size=settings.max_shard_size, exist_ok=settings.exist_ok, progress=progress)
-            size, rate = report.bytes / 2**20, report.bytes / 2**30 / max(report.seconds, 1e-9)
-            done = f"{report.tensors} tensors, {size:,.0f} MiB in {report.files} file(s), {report.seconds:.1f} s, {rate:.2f} GiB/s: {target}"
+            done = _write_model(config, model, target)
+        done += f"; at most {_peak(session) / 2**30:.2f} GiB of memory in one process: {target}"
     if is_main_process():
         logger.info(done)
-        flag = "--adapters" if adapter is not None and not settings.merge_lora else "--model"
-        print(f"talk to it: mswift infer {flag} {target}")
+        print(_next(config, adapter, target))
+
+
+def _write_megatron(config: ExportConfig, model: MegatronModel, target: Path) -> str:
+    from mswift.engines.megatron_checkpoint import write_adapter, write_checkpoint
+
+    settings = config.export
+    with progress_bar("writing the Megatron checkpoint") as progress:
+        if model.lora is not None:
+            write_adapter(model, target, base_model=config.model.model, exist_ok=settings.exist_ok)
+            return f"Megatron adapter of {sum(1 for _ in model.adapters())} layers here"
+        report = write_checkpoint(
+            model, target, resume=settings.resume, exist_ok=settings.exist_ok, max_shard_size=settings.max_shard_size, progress=progress
+        )
+    return f"{report.tensors} tensors, {_rate(report.bytes, report.seconds)} in {report.files} file(s){_reused(report.reused)}"
+
+
+def _write_adapter(config: ExportConfig, model: MegatronModel, target: Path) -> str:
+    from mswift.engines.megatron_checkpoint import read_adapter
+
+    settings = config.export
+    if settings.mcore_adapter is not None:
+        read_adapter(model, Path(settings.mcore_adapter).expanduser())
+    model.export_adapter(target, base_model=config.model.model, exist_ok=settings.exist_ok)
+    return "adapter written"
+
+
+def _write_model(config: ExportConfig, model: MegatronModel, target: Path) -> str:
+    settings = config.export
+    with progress_bar("writing the model") as progress:
+        report = model.export_merged(
+            target, max_shard_size=settings.max_shard_size, exist_ok=settings.exist_ok, keep=True, resume=settings.resume, progress=progress
+        )
+    return f"{report.tensors} tensors, {_rate(report.bytes, report.seconds)} in {report.files} file(s){_reused(report.reused)}"
+
+
+def _rate(nbytes: int, seconds: float) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB in {seconds:.1f} s ({nbytes / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
+
+
+def _reused(count: int) -> str:
+    return f", {count} of them finished before" if count else ""
+
+
+def _peak(session: Session) -> int:
+    """The most memory that a process has held, in bytes. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=session.runtime.device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return int(peak)
+
+
+def _next(config: ExportConfig, adapter: Path | None, target: Path) -> str:
+    settings = config.export
+    alone = settings.to_peft_format or (adapter is not None and not settings.merge_lora)
+    if alone and settings.to_mcore:
+        return f"back to PEFT: mswift export --model {config.model.model} --mcore_adapter {target} --to_peft_format true"
+    return f"talk to it: mswift infer {'--adapters' if alone else '--model'} {target}"
 
 
 def _target(config: ExportConfig, adapter: Path | None) -> Path:
     """Where to write: ``--output_dir``, else beside what is exported.
 
     Raises:
-        ConfigError: without an adapter there is nothing to convert, or the target cannot be written. ConversionError: it is something else's.
+        ConfigError: there is nothing to convert, or the target cannot be written. ConversionError: it is something else's.
     """
     from mswift.conversion.staging import check_target
 
     settings = config.export
-    if adapter is None and settings.output_dir is None:
+    converts = settings.to_mcore or settings.to_hf or settings.to_peft_format
+    if adapter is None and settings.output_dir is None and not converts:
         raise ConfigError(
             "nothing to export: give --adapters DIR (with --merge_lora true for a whole model), or --output_dir to write the model again"
         )
-    kind = "merged" if adapter is None or settings.merge_lora else "peft"
-    source = adapter if adapter is not None else Path(config.model.model)
-    target = Path(settings.output_dir).expanduser() if settings.output_dir else source.with_name(f"{source.name}-{kind}")
+    if settings.mcore_adapter is not None and not is_megatron_adapter(Path(settings.mcore_adapter).expanduser()):
+        raise ConfigError(f"--mcore_adapter {settings.mcore_adapter} is not a Megatron adapter; give what --adapters DIR --to_mcore true has written")
+    model = Path(config.model.model).expanduser()
+    if settings.to_mcore and is_megatron(model):
+        raise ConfigError(f"--model {model} is a Megatron checkpoint already; every layout reads it, so leave --to_mcore out")
+    source = adapter or (Path(settings.mcore_adapter) if settings.mcore_adapter else model)
+    target = Path(settings.output_dir).expanduser() if settings.output_dir else source.with_name(f"{source.name}-{_kind(config, adapter)}")
     if target.exists() and not settings.exist_ok and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--output_dir {target} exists already; give another folder, or --exist_ok true to replace it")
     check_target(target, settings.exist_ok)
     check_writable(target.parent, "--output_dir")
     return target
+
+
+def _kind(config: ExportConfig, adapter: Path | None) -> str:
+    settings = config.export
+    if settings.to_mcore:
+        return "mcore"
+    if settings.to_hf and adapter is None:
+        return "hf"
+    return "peft" if settings.to_peft_format or (adapter is not None and not settings.merge_lora) else "merged"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mswift.config import Config, ExportConfig, ModelSection, ParallelSection, RuntimeSection, TemplateSection
-from mswift.conversion.directories import ADAPTER_CONFIG_FILE, check_tokenizer, read_adapter_config, read_json
+from mswift.conversion.directories import ADAPTER_CONFIG_FILE, check_tokenizer, is_megatron, read_adapter_config, read_json
 from mswift.errors import ConfigError, ModelError, one_line
 from mswift.parallel.layout import ParallelLayout
 
@@ -83,7 +83,8 @@ def check_model(directory: Path, model: ModelSection) -> dict[str, Any]:
     from mswift.conversion.directories import CONFIG_FILE, read_weights
     from mswift.families import choose_dtype, find_family
 
-    read_weights(directory)
+    if not is_megatron(directory):
+        read_weights(directory)
     config = read_json(directory / CONFIG_FILE)
     find_family(config.get("architectures"), str(directory))
     choose_dtype(model.torch_dtype, config.get("dtype") or config.get("torch_dtype"), str(directory))
@@ -203,8 +204,12 @@ def make_template(directory: Path, model: ModelSection, template: TemplateSectio
     return ChatTemplate(tokenizer, system=template.system, loss_scale=template.loss_scale, enable_thinking=template.enable_thinking)
 
 
-def load_model(session: Session, model: ModelSection, parallel: ParallelSection, **transformer: Any) -> MegatronModel:
-    """The megatron model of this process, read from the session's directory; `transformer` are further TransformerConfig fields."""
+def load_model(session: Session, model: ModelSection, parallel: ParallelSection, *, deferred: bool = False, **transformer: Any) -> MegatronModel:
+    """The megatron model of this process, read from the session's directory.
+
+    Args:
+        deferred: leave reading weights to `MegatronModel.ensure`. transformer: further TransformerConfig fields.
+    """
     from mswift.engines.megatron_model import BuildSettings, MegatronModel
     from mswift.log import progress_bar
 
@@ -214,6 +219,7 @@ def load_model(session: Session, model: ModelSection, parallel: ParallelSection,
         sequence_parallel=parallel.sequence_parallel,
         trust_remote_code=model.trust_remote_code,
         allow_unknown_config=model.allow_unknown_config,
+        deferred=deferred,
         transformer=transformer,
     )
     with progress_bar("loading the model") as progress:

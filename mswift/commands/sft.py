@@ -252,7 +252,7 @@ def _prepare_output(config: SftConfig, output_dir: Path, *, keep_report: bool) -
     Raises:
         CheckpointError: on every rank if the main process cannot write there.
     """
-    from mswift.train.agree import agree, attempt
+    from mswift.parallel.agree import agree, attempt
 
     def write() -> None:
         if config.save.overwrite_output_dir:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mswift.config.configs import Config, ExportConfig, InferConfig, SftConfig, warnings_for
+from mswift.config.configs import Config, ExportConfig, InferConfig, SftConfig, VerifyConfig, warnings_for
 from mswift.config.parse import CONFIGS, Parsed, parse_command, read_command
 from mswift.config.sections import (
     DataSection,
@@ -18,6 +18,7 @@ from mswift.config.sections import (
     TemplateSection,
     TrainSection,
     TunerSection,
+    VerifySection,
 )
 from mswift.config.table import Row, format_table, table_rows
 
@@ -42,6 +43,8 @@ __all__ = [
     "TemplateSection",
     "TrainSection",
     "TunerSection",
+    "VerifyConfig",
+    "VerifySection",
     "format_table",
     "parse_command",
     "read_command",

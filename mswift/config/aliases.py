@@ -27,7 +27,7 @@ save:output_dir export_dir:output_dir ollama_output_dir:output_dir hf_output_dir
 quant_output_dir:output_dir add_output_dir_suffix:add_version merge_lora_and_save:merge_lora
 save_interval:save_steps eval_interval:eval_steps log_interval:logging_steps
 distributed_backend:ddp_backend result_dir:result_path load_args_from_ckpt_dir:load_args
-load:mcore_model ref_load:mcore_ref_model ref_adapter_load:mcore_ref_adapter
+load:model mcore_model:model output:output_dir ref_load:mcore_ref_model ref_adapter_load:mcore_ref_adapter
 template_type:template prompt_template:template num_workers:dataloader_num_workers evaluation_strategy:eval_strategy
 only_save_model:save_only_model use_liger:use_liger_kernel enable_liger_kernel:use_liger_kernel flash_attn:attn_impl
 custom_register_path:external_plugins deterministic_mode:full_determinism quantization_bit:quant_bits neftune_alpha:neftune_noise_alpha
@@ -98,8 +98,6 @@ NO_EFFECT: dict[str, str] = {name: reason for reason, names in _NO_EFFECT.items(
 HINTS: dict[str, str] = {
     "deepspeed": "the optimizer state is spread over processes with --use_distributed_optimizer true",
     "fsdp": "the optimizer state is spread over processes with --use_distributed_optimizer true",
-    "mcore_model": "give the Hugging Face checkpoint with --model, or a checkpoint-N folder with --resume_from_checkpoint",
-    "mcore_adapter": "give the PEFT adapter with --adapters, or a checkpoint-N folder with --resume_from_checkpoint",
     "finetune": "to go on with a run use --resume_from_checkpoint auto",
     "train_dataset_sample": "write --dataset NAME#N",
     "self_cognition_sample": "write --dataset NAME#N",

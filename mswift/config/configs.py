@@ -27,6 +27,7 @@ from mswift.config.sections import (
     TemplateSection,
     TrainSection,
     TunerSection,
+    VerifySection,
 )
 from mswift.errors import ConfigError
 
@@ -264,8 +265,39 @@ class ExportConfig(Config):
 
     def faults(self) -> Iterator[str]:
         yield from _common_faults(self.model, self.parallel)
-        if self.export.merge_lora and not self.export.adapters:
+        settings = self.export
+        if settings.merge_lora and not settings.adapters:
             yield "--adapters is required to merge: give the folder of a PEFT adapter"
+        forms = [f"--{name}" for name in ("to_mcore", "to_hf", "to_peft_format") if getattr(settings, name)]
+        if len(forms) > 1:
+            yield f"{' and '.join(forms)} were given, wanted one form to write"
+        if settings.to_peft_format and not settings.mcore_adapter:
+            yield "--to_peft_format needs --mcore_adapter, the Megatron adapter to write; a PEFT adapter is in that form already"
+        if settings.mcore_adapter and not settings.to_peft_format:
+            yield "--mcore_adapter is only written in PEFT's form: add --to_peft_format true"
+        if settings.to_mcore and settings.merge_lora:
+            yield "--to_mcore with --merge_lora takes two steps: merge first, then --model MERGED --to_mcore true"
+        if settings.to_hf and settings.adapters and not settings.merge_lora:
+            yield "--to_hf with --adapters needs --merge_lora true; without --to_hf the adapter alone is written"
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        return _idle_parallel(self.parallel)
+
+
+@dataclass(kw_only=True, slots=True)
+class VerifyConfig(Config):
+    """Settings of ``mswift verify``."""
+
+    verb: ClassVar[str] = "verify"
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    runtime: RuntimeSection = field(default_factory=RuntimeSection)
+    verify: VerifySection = field(default_factory=VerifySection)
+
+    def faults(self) -> Iterator[str]:
+        yield from _common_faults(self.model, self.parallel)
+        if not self.verify.against:
+            yield "--against is required: give the directory of the other model"
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         return _idle_parallel(self.parallel)

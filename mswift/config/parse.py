@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from mswift.config import aliases
-from mswift.config.configs import Config, ExportConfig, InferConfig, SftConfig
+from mswift.config.configs import Config, ExportConfig, InferConfig, SftConfig, VerifyConfig
 from mswift.config.fields import Flag, nearest, plain, shown
 from mswift.config.known import NOT_YET, SWITCHES_OFF
 from mswift.config.saved import apply_saved
 from mswift.errors import ConfigError
 
-CONFIGS: dict[str, type[Config]] = {"sft": SftConfig, "infer": InferConfig, "export": ExportConfig, "merge-lora": ExportConfig}
+CONFIGS: dict[str, type[Config]] = {
+    "sft": SftConfig,
+    "infer": InferConfig,
+    "export": ExportConfig,
+    "merge-lora": ExportConfig,
+    "verify": VerifyConfig,
+}
 PRESETS: dict[str, dict[str, str]] = {"merge-lora": {"merge_lora": "true"}}
 _FILE_ENDINGS = (".yaml", ".yml", ".json")
 

@@ -228,12 +228,26 @@ class InferSection:
 
 
 @dataclass(kw_only=True, slots=True)
+class VerifySection:
+    """What a model is compared with."""
+
+    against: str = option("", "The other model: a directory of a Hugging Face or a Megatron checkpoint", auto="required", metavar="DIR")
+    num_tokens: int = option(64, "Random tokens whose logits are compared", limits=_POSITIVE)
+
+
+@dataclass(kw_only=True, slots=True)
 class ExportSection:
     """What is written from a model and its adapters."""
 
     adapters: list[str] = option([], "PEFT adapters on top of the model", metavar="DIR ...")
     merge_lora: bool = option(False, "Write the model with the adapters merged in")
-    output_dir: str | None = option(None, "Folder to write", auto="<adapter or model>-merged", metavar="DIR")
+    to_mcore: bool = option(False, "Write a Megatron checkpoint (torch_dist), or with --adapters a Megatron adapter")
+    to_hf: bool = option(False, "Write a Hugging Face directory, from a Megatron checkpoint or another Hugging Face directory")
+    to_peft_format: bool = option(False, "Write the Megatron adapter of --mcore_adapter as a PEFT directory")
+    mcore_adapter: str | None = option(None, "Megatron adapter to write in PEFT's form", auto="none", metavar="DIR")
+    resume: bool = option(False, "Go on with a conversion that was killed; finished files are kept")
+    dry_run: bool = option(False, "Only say what would be written where, from the headers of the checkpoint")
+    output_dir: str | None = option(None, "Folder to write", auto="<adapter or model>-merged, -mcore, -hf or -peft", metavar="DIR")
     exist_ok: bool = option(False, "Write into a folder that exists")
     max_shard_size: str = option("5GB", "Largest file of weights", pattern=_SIZE_PATTERN, wanted="a size such as 5GB or 500MB")
     load_args: bool = option(True, "Take model settings from args.json beside the adapter")

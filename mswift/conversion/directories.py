@@ -20,6 +20,8 @@ from mswift.errors import ModelError
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MCORE_FILE, MCORE_WEIGHTS = "latest_checkpointed_iteration.txt", "release"
+"""Of a Megatron checkpoint: the file by which Megatron-LM finds the folder of the weights, and that folder."""
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Any one of these is a tokenizer; which class reads it is a matter of tokenizer_config.json."""
@@ -156,6 +158,16 @@ def read_weights(directory: Path) -> Weights:
         raise ModelError(f"{index} names {listing('tensor', wrong)} absent from the files; download the model again")
     found = {name: filename for filename, header in headers.items() for name in header.tensors}
     return Weights(headers, {**found, **weight_map})
+
+
+def is_megatron(directory: Path) -> bool:
+    """Whether a model directory holds its weights in Megatron's form rather than as safetensors."""
+    return (directory / MCORE_FILE).is_file() and (directory / MCORE_WEIGHTS).is_dir() and (directory / CONFIG_FILE).is_file()
+
+
+def is_megatron_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter in Megatron's form."""
+    return (directory / MCORE_FILE).is_file() and (directory / ADAPTER_CONFIG_FILE).is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:

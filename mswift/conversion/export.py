@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,16 @@ from mswift.conversion.load import Progress
 from mswift.conversion.rules import AnyRule, Rule
 from mswift.conversion.safetensors_io import ShardWriter
 from mswift.conversion.shards import Axis, cut_sources
-from mswift.conversion.staging import check_space, check_target, make_temporary, parse_size, publish
+from mswift.conversion.staging import begin_draft, check_space, check_target, make_temporary, parse_size, publish
 from mswift.errors import ConversionError
 
+_UNFINISHED = ".part"
 _SLACK = 64 * 2**20  # free space for config, tokenizer and index, beyond the weights
 
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What was written. ``tensors``, ``bytes``, ``files``: of the whole model; ``own_bytes``: by this rank."""
+    """What was written. ``tensors``, ``bytes``, ``files``, and ``reused`` of an earlier attempt: of the whole model; ``own_bytes``: by this rank."""
 
     directory: Path
     tensors: int
@@ -44,6 +45,7 @@ class ExportReport:
     files: int
     own_bytes: int
     seconds: float
+    reused: int = 0
 
 
 def export_model(
@@ -57,6 +59,8 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
     exist_ok: bool = False,
+    source: Mapping[str, Any] | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a model as an HF directory: config, safetensors, index, extra files. Collective over ``groups.world``.
@@ -68,6 +72,7 @@ def export_model(
         groups: None for one process. extra_files: copied by name (tokenizer, chat template, generation config).
         dtype: cast floating-point tensors to it, rounding once; None keeps every bit.
         max_shard_size: of a file, as ``5GB``. exist_ok: replace an earlier export. progress: after each parameter that this rank writes.
+        source: what tells this export from any other (JSON types); with it, finished files survive a failure or a kill. resume: go on with them.
 
     Raises:
         ConversionError: model and rules disagree, no space, something would be overwritten, or any rank failed. No rank returns then, and
@@ -76,21 +81,26 @@ def export_model(
     begun, groups, target = time.perf_counter(), groups or ExportGroups(), Path(directory)
     local, copies = list(parameters), [Path(path) for path in extra_files]
     plan = plan_export(held_by_places(local, groups), rules, dtype=dtype, max_bytes=parse_size(max_shard_size), sizes=groups.sizes)
-    temporary = _begin(target, plan.nbytes, exist_ok, copies, groups)
+    identity = None if source is None else {**source, "files": plan.digest()}
+    temporary = _begin(target, plan.nbytes, exist_ok, copies, groups, identity, resume)
+    finished = exchange({path.name for path in temporary.glob("*.safetensors")} if groups.rank == 0 else set(), groups)[0]
     try:
-        walk = _Walk(plan, temporary, groups, dtype, progress)
+        walk = _Walk(plan, temporary, groups, dtype, progress, finished)
         walk.run(local)
         _finish(temporary, target, plan, config, copies, groups)
     finally:
-        if groups.rank == 0:
+        if groups.rank == 0 and source is None:
             shutil.rmtree(temporary, ignore_errors=True)
-    return ExportReport(target, plan.num_tensors, plan.nbytes, len(plan.files), walk.done, time.perf_counter() - begun)
+    return ExportReport(target, plan.num_tensors, plan.nbytes, len(plan.files), walk.done, time.perf_counter() - begun, len(finished))
 
 
 class _Walk:
     """One rank's way through its parameters. An error is kept until the others can know of it, so that collectives stay in step."""
 
-    def __init__(self, plan: ExportPlan, temporary: Path, groups: ExportGroups, dtype: torch.dtype | None, progress: Progress | None) -> None:
+    def __init__(
+        self, plan: ExportPlan, temporary: Path, groups: ExportGroups, dtype: torch.dtype | None, progress: Progress | None, finished: set[str]
+    ) -> None:
+        plan = replace(plan, files=[file for file in plan.files if file.name not in finished])
         self._plan, self._groups, self._dtype, self._progress = plan, groups, dtype, progress
         self._temporary = temporary
         own = {(groups.place(axis), spread.replica, spread.shard) for axis, spread in groups.spreads.items()}
@@ -116,7 +126,8 @@ class _Walk:
 
     def _open(self, files: Iterable[OutFile], *, join: bool) -> None:
         for file in files:
-            self._writers.update(dict.fromkeys(file.specs, ShardWriter(self._temporary / file.name, file.specs, join=join)))
+            writer = ShardWriter(self._temporary / f"{file.name}{_UNFINISHED}", file.specs, join=join, shared=bool(file.helpers))
+            self._writers.update(dict.fromkeys(file.specs, writer))
 
     def _close(self) -> None:
         writers = list(dict.fromkeys(self._writers.values()))
@@ -128,7 +139,13 @@ class _Walk:
                 if self._stopped or self._error is not None:
                     writer.discard()
                 else:
-                    writer.close(others)
+                    self._end(writer, others)
+
+    def _end(self, writer: ShardWriter, others: Iterable[Mapping[str, int]] = ()) -> None:
+        """A file has its own name only once it is whole."""
+        writer.close(others)
+        if not writer.joined:
+            writer.path.rename(writer.path.with_name(writer.path.name.removesuffix(_UNFINISHED)))
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -168,19 +185,32 @@ class _Walk:
     def _write(self, rule: Rule, parameter: ExportParameter, shards: list[torch.Tensor]) -> None:
         pieces = rule.pieces(rule.source_shapes(parameter.whole.shape))
         for source, row, values in cut_sources(pieces, shards, parameter.shard.dim if len(shards) > 1 else None, rule.parts, rule.source_columns):
-            if source in self._writers:
-                self.done += self._writers[source].write(source, values, row)
+            writer = self._writers.get(source)
+            if writer is not None:
+                self.done += writer.write(source, values, row)
+                if writer.complete and not writer.shared:
+                    for name in writer.written:
+                        del self._writers[name]
+                    self._end(writer)
         if self._progress is not None:
             self._progress(self.done, self.total)
 
 
-def _begin(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[Path], groups: ExportGroups) -> Path:
+def _begin(
+    target: Path,
+    nbytes: int,
+    exist_ok: bool,
+    copies: Sequence[Path],
+    groups: ExportGroups,
+    identity: dict[str, Any] | None,
+    resume: bool,
+) -> Path:
     """Check what can be checked and make the temporary directory, on rank 0; returns its path on every rank. Collective."""
     error: ConversionError | None = None
     made: Path | None = None
     if groups.rank == 0:
         try:
-            made = _prepare(target, nbytes, exist_ok, copies)
+            made = _prepare(target, nbytes, exist_ok, copies, identity, resume)
         except ConversionError as failure:
             error = failure
     agree(error, groups)
@@ -189,7 +219,7 @@ def _begin(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[Path], gr
     try:
         agree(None if temporary.is_dir() else _unseen(temporary), groups)
     except ConversionError:
-        if groups.rank == 0:
+        if groups.rank == 0 and identity is None:
             temporary.rmdir()
         raise
     return temporary
@@ -199,9 +229,15 @@ def _unseen(temporary: Path) -> ConversionError:
     return ConversionError(f"{temporary} is not seen by this rank; the output directory must be on a file system that all nodes share")
 
 
-def _prepare(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[Path]) -> Path:
+def _prepare(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[Path], identity: dict[str, Any] | None, resume: bool) -> Path:
     fail_on(gap("file to copy", [str(path) for path in copies if not path.is_file()], "not found"), f"export to {target}")
     check_target(target, exist_ok)
+    if identity is not None:
+        draft = begin_draft(target, identity, resume)
+        for path in draft.glob(f"*{_UNFINISHED}"):
+            path.unlink()
+        check_space(draft, nbytes + _SLACK - sum(path.stat().st_size for path in draft.iterdir()))
+        return draft
     temporary = make_temporary(target)
     try:
         check_space(temporary, nbytes + _SLACK)

@@ -66,6 +66,10 @@ class ExportPlan:
         """Whether ranks of several places write into one file."""
         return any(file.helpers for file in self.files)
 
+    def digest(self) -> str:
+        """The same for two plans that write the same files."""
+        return hashlib.sha256(repr([(file.name, file.specs) for file in self.files]).encode()).hexdigest()
+
     def writers_of(self, place: int, replica: int) -> dict[str, int]:
         """The shard rank that writes each HF tensor, for those that one replica of one place writes."""
         own = {name: file.shard for file in self.files if (file.place, file.replica) == (place, replica) for name in file.specs}

@@ -51,6 +51,32 @@ class _Task:
         return sum(part.rows * width * reader.dtype(part.source).itemsize for part in self.slices if part.source is not None)
 
 
+class LoadPlan:
+    """What is read from where into this rank's parameters: checked as a whole, then done at once or parameter by parameter. See `plan_load`."""
+
+    def __init__(self, tasks: list[_Task], reader: CheckpointReader) -> None:
+        self._tasks, self._reader = tasks, reader
+        self._waiting = {task.parameter.tensor.untyped_storage().data_ptr(): task for task in tasks if task.parameter.tensor.numel()}
+        self.total, self.done = sum(task.nbytes(reader) for task in tasks), 0
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Read the parameter that ``tensor`` is, or is a view of, if it has not been read before."""
+        task = self._waiting.pop(tensor.untyped_storage().data_ptr(), None)
+        if task is not None:
+            fill(task.parameter.tensor, task.slices, self._reader)
+            self.done += task.nbytes(self._reader)
+
+    def fill_all(self, progress: Progress | None = None) -> LoadReport:
+        """Read all that is left; ``progress`` is called after every parameter."""
+        begun = time.perf_counter()
+        for task in self._tasks:
+            self.fill(task.parameter.tensor)
+            if progress is not None:
+                progress(self.done, self.total)
+        casts = [cast for task in self._tasks for cast in task.casts]
+        return LoadReport(len(self._tasks), self.done, time.perf_counter() - begun, {cast: casts.count(cast) for cast in sorted(set(casts))})
+
+
 def load_weights(
     parameters: Iterable[LocalParameter],
     rules: Sequence[AnyRule],
@@ -59,19 +85,24 @@ def load_weights(
     model_parameters: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
-    """Fill every local parameter in place, reading only this rank's slices. No communication.
+    """Fill every local parameter in place; arguments and errors are those of `plan_load`. No communication."""
+    return plan_load(parameters, rules, reader, model_parameters=model_parameters).fill_all(progress)
+
+
+def plan_load(
+    parameters: Iterable[LocalParameter], rules: Sequence[AnyRule], reader: CheckpointReader, *, model_parameters: Collection[str] | None = None
+) -> LoadPlan:
+    """Find this rank's slices of every local parameter, and what is wrong with any of them. No communication.
 
     Args:
         parameters: what this rank holds (all its virtual stages). rules: of the whole model.
         model_parameters: names over all pipeline stages (`all_names` gathers them); None: the local ones are all.
-        progress: called after every parameter.
 
     Raises:
         ConversionError: a parameter, a rule or a tensor of the checkpoint without its counterpart, a wrong shape or type, a dropped
             tensor that does not equal the one it should; all are named and nothing has been written.
         ModelError: a file cannot be read.
     """
-    begun = time.perf_counter()
     local = list(parameters)
     names = [parameter.name for parameter in local]
     if len(set(names)) != len(names):
@@ -80,23 +111,21 @@ def load_weights(
     tasks = _plan(local, rules_by_target(rules), reader)
     for drop in drops_of(rules):
         _check_equal(drop, tasks, reader)
-    total, done = sum(task.nbytes(reader) for task in tasks), 0
-    for task in tasks:
-        fill(task.parameter.tensor, task.slices, reader)
-        done += task.nbytes(reader)
-        if progress is not None:
-            progress(done, total)
-    casts = [cast for task in tasks for cast in task.casts]
-    return LoadReport(len(tasks), done, time.perf_counter() - begun, {cast: casts.count(cast) for cast in sorted(set(casts))})
+    return LoadPlan(tasks, reader)
 
 
-def all_names(parameters: Iterable[LocalParameter], group: dist.ProcessGroup | None = None) -> set[str]:
-    """The parameter names of all ranks of ``group`` (None: the world); the local ones where no processes are joined. Collective."""
-    names = sorted(parameter.name for parameter in parameters)
+def all_names(parameters: Iterable[LocalParameter]) -> set[str]:
+    """The parameter names of all ranks; the local ones where no processes are joined. Collective."""
+    return gather_names(parameter.name for parameter in parameters)
+
+
+def gather_names(names: Iterable[str]) -> set[str]:
+    """The union of the names of all ranks; the local ones where no processes are joined. Collective."""
+    own = sorted(names)
     if not dist.is_initialized():
-        return set(names)
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(gathered, names, group=group)
+        return set(own)
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
     return set().union(*gathered)
 
 

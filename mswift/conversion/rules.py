@@ -57,6 +57,11 @@ class Rule:
         """Columns of the HF tensors where megatron's parameter has more, zeros behind them; None where they are equally wide."""
         return None
 
+    @property
+    def pads(self) -> bool:
+        """Whether a layout may give the parameter zeros behind the rows or columns of its HF tensors."""
+        return self.source_columns is not None
+
     def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
         """The shape of every HF tensor, from that of the whole parameter.
 
@@ -133,6 +138,10 @@ class FusedQKV(Rule):
         return (self.q,) if self.packed else (self.q, self.k, self.v)
 
     @property
+    def pads(self) -> bool:
+        return True
+
+    @property
     def _padding_rows(self) -> int:
         return ((self.padded_groups or self.num_groups) - self.num_groups) * (self.heads_per_group + 2) * self.head_dim
 
@@ -190,6 +199,10 @@ class PaddedRows(Rule):
     source: str
     rows: int
     padded_rows: int
+
+    @property
+    def pads(self) -> bool:
+        return True
 
     @property
     def sources(self) -> tuple[str, ...]:

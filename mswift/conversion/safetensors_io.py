@@ -209,13 +209,16 @@ class ShardWriter:
     Args:
         path: is created or replaced. specs: all tensors of the file; larger element types come first, so that all are aligned.
         join: the file is another process's, made with the same specs; rows are written into it, and that process checks that all are there.
+        shared: other processes join.
 
     Raises:
         ConversionError: the disk is full or the file cannot be written; a tensor that does not fit its spec; rows left unwritten.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None, *, join: bool = False) -> None:
-        self.path, self.joined = path, join
+    def __init__(
+        self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None, *, join: bool = False, shared: bool = False
+    ) -> None:
+        self.path, self.joined, self.shared = path, join, shared
         order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)  # stable: names of one type keep their order
         self._specs = {name: specs[name] for name in order}
         header, self._offsets, size = _layout(self._specs, METADATA if metadata is None else metadata)
@@ -247,6 +250,11 @@ class ShardWriter:
             raise self._failed(error) from None
         self.written[name] += view.nbytes
         return view.nbytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether this process has written every byte."""
+        return all(count == self._specs[name].nbytes for name, count in self.written.items())
 
     def _write_all(self, view: memoryview, offset: int) -> None:
         while view:

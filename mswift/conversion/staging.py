@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 
 from mswift.errors import ConversionError
 
-_OURS = ("config.json", "adapter_config.json")
+_OURS = ("config.json", "adapter_config.json")  # of any model that we wrote
+DRAFT_NOTE = ".identity.json"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -81,9 +83,46 @@ def make_temporary(directory: Path) -> Path:
     return temporary
 
 
+def stamp_of(directory: Path) -> list[list[object]]:
+    """What tells the files of a source from those of another: names, sizes and times of change, folders below included."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return [[str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def draft_of(directory: Path) -> Path:
+    """Where a draft of ``directory`` lies that outlives its process."""
+    return directory.with_name(f".{directory.name}.partial")
+
+
+def begin_draft(directory: Path, identity: dict[str, object], resume: bool) -> Path:
+    """Make `draft_of`, for work that is gone on with after its process was killed; one process calls it.
+
+    Args:
+        identity: of JSON types; must be the same when it is gone on with. resume: keep a draft that is there; otherwise it is begun anew.
+
+    Raises:
+        ConversionError: the draft that is there is of something else, or none can be made.
+    """
+    draft, told = draft_of(directory), json.loads(json.dumps(identity))
+    note = draft / DRAFT_NOTE
+    try:
+        if draft.is_dir() and not resume:
+            shutil.rmtree(draft)
+        draft.mkdir(parents=True, exist_ok=True)
+        kept = json.loads(note.read_text(encoding="utf8")) if note.is_file() else None
+        if kept not in (None, told):
+            raise ConversionError(f"{draft} was begun from another source, dtype or layout; give those again, or leave --resume out to begin anew")
+        if kept is None:
+            replace_file(note, json.dumps(told))
+    except OSError as error:
+        raise ConversionError(f"cannot write beside {directory}: {error.strerror}; choose another output directory") from None
+    return draft
+
+
 def publish(temporary: Path, directory: Path) -> None:
     """Make ``temporary`` appear as ``directory`` by a rename; what was there goes away only afterwards."""
     old = temporary.with_suffix(".old")
+    (temporary / DRAFT_NOTE).unlink(missing_ok=True)
     try:
         if directory.is_dir() and any(directory.iterdir()):
             os.rename(directory, old)

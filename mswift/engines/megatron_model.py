@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,18 +12,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mswift.conversion.adapters import lora_from_peft, lora_to_peft, unplaced_modules
 from mswift.conversion.collective import ExportGroups, Spread, agree, gather_small
 from mswift.conversion.coverage import rules_by_target
-from mswift.conversion.directories import CONFIG_FILE, read_json
+from mswift.conversion.directories import CONFIG_FILE, is_megatron, read_json
 from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
-from mswift.conversion.load import LoadReport, LocalParameter, Progress, all_names, load_weights
+from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, plan_load
 from mswift.conversion.peft_io import read_peft, write_peft
 from mswift.conversion.rules import AnyRule
-from mswift.conversion.safetensors_io import CheckpointReader
+from mswift.conversion.safetensors_io import CheckpointReader, bytes_of
 from mswift.conversion.shards import Axis, Shard, take
+from mswift.conversion.staging import stamp_of
+from mswift.engines.megatron_checkpoint import read_checkpoint
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
@@ -56,6 +60,7 @@ class BuildSettings:
         directory: Hugging Face directory. dtype: ``bfloat16``, ``float32`` or None for the checkpoint's own.
         sequence_parallel: split activations over tensor-parallel ranks between the products.
         allow_unknown_config: go on where config.json has fields that may change the model and that its family does not read.
+        deferred: leave reading the weights of a Hugging Face directory to `MegatronModel.ensure`.
         transformer: further TransformerConfig fields (recomputation).
     """
 
@@ -64,6 +69,7 @@ class BuildSettings:
     sequence_parallel: bool = False
     trust_remote_code: bool = False
     allow_unknown_config: bool = False
+    deferred: bool = False
     transformer: dict[str, Any] | None = None
 
 
@@ -77,7 +83,6 @@ class MegatronModel:
 
     def __init__(self, settings: BuildSettings, groups: Groups, runtime: Runtime, *, progress: Progress | None = None) -> None:
         self.settings, self.groups, self.runtime = settings, groups, runtime
-        self.reader = CheckpointReader(settings.directory)
         self.hf_config: HfConfig = read_hf_config(settings.directory, trust_remote_code=settings.trust_remote_code)
         self.family: ModelFamily = find_family(self.hf_config.architectures, str(settings.directory))
         path = settings.directory / CONFIG_FILE
@@ -91,8 +96,19 @@ class MegatronModel:
         self.rules: tuple[AnyRule, ...] = self.family.rules(self.hf_config, self.description.padding(groups.layout.tp))
         self.chunks: list[CausalLM] = build_model(self.description, self.config, groups)
         self.lora: LoraSettings | None = None
+        self._plan: LoadPlan | None = None
         local = self._local_parameters()
-        self.load_report: LoadReport = load_weights(local, self.rules, self.reader, model_parameters=all_names(local), progress=progress)
+        if is_megatron(settings.directory):
+            read_checkpoint(self, local)
+        else:
+            self._plan = plan_load(local, self.rules, CheckpointReader(settings.directory), model_parameters=all_names(local))
+            if not settings.deferred:
+                self._plan.fill_all(progress)
+
+    def ensure(self, tensor: torch.Tensor) -> None:
+        """Read the weights of a parameter, or of a view of it, now if that was `deferred`."""
+        if self._plan is not None:
+            self._plan.fill(tensor)
 
     @property
     def padded_heads(self) -> str:
@@ -106,6 +122,35 @@ class MegatronModel:
     def _local_parameters(self) -> list[LocalParameter]:
         found = (entry for chunk in self.chunks for entry in base_parameters(chunk, self.groups))
         return [LocalParameter(name, parameter.data, shard) for name, parameter, shard in found]
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name in the whole model, this rank's part) of every weight, adapters left out."""
+        for chunk in self.chunks:
+            for name, tensor, _ in base_parameters(chunk, self.groups):
+                yield name, tensor.detach()
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """fp32 ``[b, s, vocabulary]`` of int64 ``[b, s]`` without dropout, on the last pipeline stage; None on the others. Collective."""
+        positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape).to(self.runtime.device)
+        ids = input_ids.to(self.runtime.device)
+
+        def forward_step(_batches: Any, chunk: CausalLM) -> tuple[torch.Tensor, Any]:
+            return chunk(ids, positions, None, runtime_gather_output=True), lambda logits, non_loss_data: logits
+
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            found = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[None] * len(self.chunks),
+                model=self.chunks,
+                num_microbatches=self.groups.layout.pp,  # an interleaved pipeline wants that many
+                seq_length=ids.shape[1],
+                micro_batch_size=len(ids),
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        return found[0][..., : self.description.vocab_size].float() if found else None
 
     def add_lora(self, settings: LoraSettings) -> list[str]:
         """Freeze the base and wrap the target layers; returns their global names.
@@ -207,6 +252,20 @@ class MegatronModel:
         """Tokenizer, chat template and generation config of the checkpoint, to be copied beside what is exported."""
         return [path for name in TOKENIZER_FILES if (path := self.settings.directory / name).is_file()]
 
+    def _adapter_digest(self) -> str:
+        """SHA-256 of this rank's part of the adapters."""
+        digest = hashlib.sha256()
+        for _, module in self.adapters():
+            for factor in (module.lora_a, module.lora_b):
+                digest.update(bytes_of(factor.detach().cpu().contiguous()))
+        return digest.hexdigest()
+
+    def written_config(self) -> dict[str, Any]:
+        """Content of the config.json that goes with weights that this model writes."""
+        config = read_json(self.settings.directory / CONFIG_FILE)
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        return {**config, **dict.fromkeys(keys, str(self.dtype).removeprefix("torch."))}
+
     def _export_groups(self) -> ExportGroups:
         layout, coords = self.groups.layout, self.groups.coords
         tp_group = self.groups.tp if layout.tp > 1 else None
@@ -218,14 +277,35 @@ class MegatronModel:
             spreads["etp"] = Spread(etp_group, here.etp, layout.expert_tp, replica=here.replica, num_replicas=layout.expert_replicas, **place)
         return ExportGroups(spreads)
 
-    def export_merged(self, directory: Path, *, max_shard_size: str, exist_ok: bool = False, progress: Progress | None = None) -> ExportReport:
-        """Write the model, adapters merged in fp32 and rounded once, as a sharded Hugging Face directory; every rank writes its share."""
+    def export_merged(
+        self,
+        directory: Path,
+        *,
+        max_shard_size: str,
+        exist_ok: bool = False,
+        keep: bool = False,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> ExportReport:
+        """Write the model, adapters merged in fp32 and rounded once, as a sharded Hugging Face directory; every rank writes its share.
+
+        Args:
+            keep: what is finished survives a failure or a kill. resume: go on with what an earlier call has kept.
+        """
         merged = dict(self.adapters())
-        parameters = []
-        for chunk in self.chunks:
-            for name, parameter, shard in base_parameters(chunk, self.groups):
-                value = merged[name].merged_weight if name in merged else parameter.detach
-                parameters.append(ExportParameter(name, tuple(parameter.shape), parameter.dtype, shard, value))
+
+        def value(name: str, parameter: torch.Tensor) -> torch.Tensor:
+            self.ensure(parameter)
+            return merged[name].merged_weight() if name in merged else parameter.detach()
+
+        parameters = [
+            ExportParameter(name, tuple(parameter.shape), parameter.dtype, shard, functools.partial(value, name, parameter))
+            for chunk in self.chunks
+            for name, parameter, shard in base_parameters(chunk, self.groups)
+        ]
+        source = None
+        if keep:
+            source = {"model": stamp_of(self.settings.directory), "adapter": self._adapter_digest()}
         return export_model(
             parameters,
             self.rules,
@@ -235,5 +315,7 @@ class MegatronModel:
             extra_files=self.tokenizer_files(),
             max_shard_size=max_shard_size,
             exist_ok=exist_ok,
+            source=source,
+            resume=resume,
             progress=progress,
         )

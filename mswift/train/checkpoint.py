@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mswift.engines.base import Engine
 from mswift.errors import CheckpointError
 from mswift.log import get_logger, is_main_process
-from mswift.train.agree import agree, attempt
+from mswift.parallel.agree import agree, attempt
 from mswift.train.folders import (
     RESUME_DIR,
     STATE_DIR,
@@ -80,7 +80,7 @@ class CheckpointWriter:
                 raise CheckpointError(f"{free / 2**20:.1f} MiB are free there, {needed / 2**20:.1f} MiB needed")
 
     def _write_resume(self, draft: Path, step: int, what: str) -> None:
-        from mswift.train.storage import save_state
+        from mswift.conversion.dist_checkpoint import save_state
 
         save_state(self.engine.sharded_state(loading=False), draft / RESUME_DIR / STATE_DIR, what)
 
@@ -110,7 +110,7 @@ def resume(engine: Engine, directory: Path, identity: RunIdentity) -> int:
     Raises:
         CheckpointError: the checkpoint is of another model, of other trained tensors, or unreadable.
     """
-    from mswift.train.storage import load_state
+    from mswift.conversion.dist_checkpoint import load_state
 
     point = read_resume_point(directory)
     check_identity(directory, point.identity, identity)

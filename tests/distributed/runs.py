@@ -38,7 +38,7 @@ class Run:
     transformer: dict[str, Any] | None = None
 
 
-def open_model(run: Run, world: int) -> Any:
+def open_model(run: Run, world: int, *, deferred: bool = False) -> Any:
     """A MegatronModel of this process; the world must be joined already."""
     from mswift.engines.megatron_model import BuildSettings, MegatronModel
     from mswift.parallel.groups import make_groups
@@ -48,7 +48,7 @@ def open_model(run: Run, world: int) -> Any:
 
     runtime = select("cpu")
     groups = make_groups(ParallelLayout(world=world, tp=run.tp, pp=run.pp, vpp=run.vpp, ep=run.ep, etp=run.etp))
-    settings = BuildSettings(run.checkpoint, dtype=run.dtype, sequence_parallel=run.sequence_parallel, transformer=run.transformer)
+    settings = BuildSettings(run.checkpoint, dtype=run.dtype, sequence_parallel=run.sequence_parallel, deferred=deferred, transformer=run.transformer)
     model = MegatronModel(settings, groups, runtime)
     if run.lora is not None:
         model.add_lora(LoraSettings(**run.lora))

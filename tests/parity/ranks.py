@@ -25,32 +25,6 @@ class Measured:
     grad_norm: float
 
 
-def logits_of(model: Any, input_ids: Tensor) -> Tensor | None:
-    """fp32 ``[b, s, vocabulary]`` without dropout, on the last pipeline stage; None on the others."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
-
-    def forward_step(_batches: Any, chunk: Any) -> tuple[Tensor, Any]:
-        output = chunk(input_ids, positions, None, runtime_gather_output=True)
-        return output, lambda logits, non_loss_data: logits
-
-    for chunk in model.chunks:
-        chunk.eval()
-    with torch.no_grad():
-        found = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[None] * len(model.chunks),
-            model=model.chunks,
-            num_microbatches=model.groups.layout.pp,  # an interleaved pipeline wants that many
-            seq_length=input_ids.shape[1],
-            micro_batch_size=len(input_ids),
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    return found[0][..., : model.description.vocab_size].clone() if found else None
-
-
 def export_gradients(engine: Any, directory: Path) -> None:
     """Write the gradients of the last step as if they were the weights of the checkpoint, by Hugging Face name."""
     from mswift.conversion.export import export_model
@@ -84,7 +58,7 @@ def measure(rank: int, world: int, run: Run, batches: Sequence[MicroBatch], grad
     from mswift.objectives.sft import SupervisedObjective
 
     engine = open_engine(run, world)
-    logits = logits_of(engine.model, batches[0].input_ids)
+    logits = engine.model.logits(batches[0].input_ids)
     copies, own = engine.groups.layout.dp, engine.groups.coords.dp
     assert len(batches) % copies == 0
     result = engine.train_step(batches[own::copies], SupervisedObjective(), step=0, learning_rate=0.0)
@@ -140,7 +114,7 @@ def train_lora(rank: int, world: int, run: Run, ids: Tensor, folder: Path) -> Tr
     engine.export_adapter(folder / "adapter")
     engine.export_merged(folder / "merged", max_shard_size="60KB")
     rows = [row for batch in batches.step(0) for row in batch.rows]
-    return Trained(logits_of(engine.model, ids), losses, rows, before, base_hashes(engine.model))
+    return Trained(engine.model.logits(ids), losses, rows, before, base_hashes(engine.model))
 
 
 def adapter_logits(rank: int, world: int, runs: Sequence[Run], ids: Tensor, copies: Sequence[Path] = ()) -> list[Tensor | None]:
@@ -148,7 +122,7 @@ def adapter_logits(rank: int, world: int, runs: Sequence[Run], ids: Tensor, copi
     found = []
     for index, run in enumerate(runs):
         model = open_model(run, world)
-        found.append(logits_of(model, ids))
+        found.append(model.logits(ids))
         if copies:
             model.export_adapter(copies[index], base_model=str(run.checkpoint))
     return found

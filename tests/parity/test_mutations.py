@@ -14,7 +14,6 @@ from mswift.conversion.rules import AnyRule, FusedGateUp, FusedQKV
 from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run, open_model
 from tests.parity.cases import options_of
-from tests.parity.ranks import logits_of
 from tests.parity.reference import distance, measure_reference, random_batches
 from tests.tiny import make_model
 
@@ -75,7 +74,7 @@ def right_and_wrong(rank: int, world: int, run: Run, name: str) -> tuple[Tensor,
     from mswift.families.model import read_hf_config
 
     ids = random_batches()[0].input_ids
-    right = logits_of(open_model(run, world), ids)
+    right = open_model(run, world).logits(ids)
     family = base.find_family(read_hf_config(run.checkpoint).architectures, "here")
     if name in DESCRIPTIONS:
         change = DESCRIPTIONS[name][1]
@@ -83,7 +82,7 @@ def right_and_wrong(rank: int, world: int, run: Run, name: str) -> tuple[Tensor,
     else:
         change = RULES[name][1]
         base.register(replace(family, rules=lambda hf, padding: tuple(change(rule) for rule in family.rules(hf, padding))))
-    wrong = logits_of(open_model(run, world), ids)
+    wrong = open_model(run, world).logits(ids)
     assert right is not None
     assert wrong is not None
     return right, wrong

@@ -122,11 +122,7 @@ def test_old_and_idle_names_are_noted_once() -> None:
         ("--neat_packing true", "--neat_packing is not supported yet"),
         ("--use_dora true", "--use_dora is not supported yet"),
         ("--task_type seq_cls", "--task_type is not supported yet"),
-        (
-            "--mcore_model d",
-            "--mcore_model is not supported yet; give the Hugging Face checkpoint with --model, "
-            "or a checkpoint-N folder with --resume_from_checkpoint",
-        ),
+        ("--mcore_adapter d", "--mcore_adapter is a flag of mswift export, not of mswift sft"),
         ("--fp16 true", "--fp16: float16 is not supported yet, wanted one of bfloat16, float32"),
         ("--torch_dtype float16", "--torch_dtype: float16 is not supported yet, wanted one of bfloat16, float32"),
         ("--tuner_type adalora", "--tuner_type: adalora is not supported yet, wanted one of lora, full"),
@@ -267,7 +263,8 @@ def test_use_hf_from_the_environment() -> None:
 
 
 def test_verbs_and_their_configs() -> None:
-    assert {verb: config.verb for verb, config in CONFIGS.items()} == {"sft": "sft", "infer": "infer", "export": "export", "merge-lora": "export"}
+    own = {verb: verb for verb in ("sft", "infer", "export", "verify")}
+    assert {verb: config.verb for verb, config in CONFIGS.items()} == {**own, "merge-lora": "export"}
     assert isinstance(parse_command("infer", ["--model", "m"]), InferConfig)
     merge = parse_command("merge-lora", ["--model", "m", "--adapters", "a"])
     assert isinstance(merge, ExportConfig)

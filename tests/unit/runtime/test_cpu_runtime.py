@@ -140,7 +140,7 @@ def _round_trip(engine: object) -> dict:
 
     import torch.distributed as dist
 
-    from mswift.train.storage import load_state, save_state
+    from mswift.conversion.dist_checkpoint import load_state, save_state
 
     name = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(name)

@@ -1,0 +1,220 @@
+"""A `MegatronModel` to and from a Megatron checkpoint: megatron-core's ``torch_dist`` format, readable by other Megatron tools, in any layout.
+
+The directory holds what a Hugging Face directory holds beside its weights (config, tokenizer), so that it stands for the model everywhere:
+
+    latest_checkpointed_iteration.txt   "release", the word by which Megatron-LM finds the next
+    release/                            the distributed checkpoint
+    mswift.json                         family, dtype, and the layout that wrote it
+    config.json, tokenizer files        of the Hugging Face model
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from mswift.conversion.coverage import fail_on, gap, rules_by_target
+from mswift.conversion.directories import ADAPTER_CONFIG_FILE, CONFIG_FILE, MCORE_FILE, MCORE_WEIGHTS, read_json
+from mswift.conversion.dist_checkpoint import PartsWriter, load_tensors, save_state, stored_shapes
+from mswift.conversion.load import LocalParameter, Progress, gather_names
+from mswift.conversion.staging import begin_draft, check_space, check_target, draft_of, parse_size, publish, stamp_of
+from mswift.errors import CheckpointError
+from mswift.families.modules import CausalLM
+from mswift.log import is_main_process
+from mswift.parallel.agree import agree, attempt
+from mswift.tuners.lora import LoraSettings
+
+if TYPE_CHECKING:
+    from mswift.engines.megatron_model import MegatronModel
+
+NOTE_FILE = "mswift.json"
+_FACTORS = (".lora_a", ".lora_b")
+_LAYOUT_FREE = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True, slots=True)
+class WriteReport:
+    """What was written by all ranks: tensors, bytes, files, how many of these an earlier attempt had finished, and the time it took."""
+
+    directory: Path
+    tensors: int
+    bytes: int
+    files: int
+    reused: int
+    seconds: float
+
+
+def write_checkpoint(
+    model: MegatronModel,
+    directory: Path,
+    *,
+    resume: bool = False,
+    exist_ok: bool = False,
+    max_shard_size: str = "5GB",
+    progress: Progress | None = None,
+) -> WriteReport:
+    """Write a Megatron checkpoint; all ranks call it. Weights that the model has not read yet are read just before they are written.
+
+    Args:
+        resume: go on where a killed attempt was; finished files are neither read nor written again.
+
+    Raises:
+        ConversionError: the target is taken, or there is no space. CheckpointError: a rank could not write; what is finished stays for `resume`.
+    """
+    begun = time.perf_counter()
+    draft, own = draft_of(directory), torch.tensor(sum(part.numel() * part.element_size() for chunk in model.chunks for part in chunk.parameters()))
+    dist.all_reduce(own)
+
+    def begin() -> None:
+        if is_main_process():
+            check_target(directory, exist_ok)
+            begin_draft(directory, _identity(model), resume)
+            written = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
+            check_space(draft, int(own) // model.groups.layout.dp - written)
+
+    agree(attempt(begin), f"writing {directory}")
+    writer = PartsWriter(draft / MCORE_WEIGHTS, parse_size(max_shard_size), model.ensure, progress)
+    state = {**_sharded(model), "content_metadata": _LAYOUT_FREE, "checkpoint_version": 3.0, "iteration": 0}
+    try:
+        save_state(state, draft / MCORE_WEIGHTS, f"writing {directory}", writer=writer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; mend that and go on with --resume true") from error
+    note = {"family": model.family.name, "dtype": str(model.dtype).removeprefix("torch."), "layout": model.groups.layout.describe()}
+    texts = {NOTE_FILE: note, CONFIG_FILE: model.written_config()}
+    agree(attempt(lambda: _finish(draft, directory, texts, model.tokenizer_files())), f"writing {directory}")
+    figures = torch.tensor([writer.bytes, writer.num_files, writer.reused])
+    dist.all_reduce(figures)
+    names = gather_names(shard.key for shard in _shards(_sharded(model)))
+    nbytes, files, reused = (int(figure) for figure in figures)
+    return WriteReport(directory, len(names), nbytes, files, reused, time.perf_counter() - begun)
+
+
+def _finish(draft: Path, directory: Path, texts: Mapping[str, Any], copies: Iterable[Path]) -> None:
+    if not is_main_process():
+        return
+    (draft / MCORE_FILE).write_text(f"{MCORE_WEIGHTS}\n", encoding="utf8")
+    for name, content in texts.items():
+        (draft / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    for path in copies:
+        shutil.copyfile(path, draft / path.name)
+    publish(draft, directory)
+
+
+def _identity(model: MegatronModel) -> dict[str, Any]:
+    """What a half-written checkpoint must have in common with the attempt that goes on with it."""
+    return {"source": stamp_of(model.settings.directory), "dtype": str(model.dtype), "layout": model.groups.layout.describe()}
+
+
+def read_checkpoint(model: MegatronModel, parameters: list[LocalParameter]) -> None:
+    """Fill the model from its directory; all ranks call it.
+
+    Args:
+        parameters: all of this rank, with their names in the whole model.
+
+    Raises:
+        CheckpointError: unreadable, or not of this model.
+    """
+    _fill(model, model.settings.directory, _padded(model, parameters))
+
+
+def _fill(model: MegatronModel, directory: Path, padded: set[int]) -> None:
+    """Read base or adapter in place. `padded`: storages that may be longer or shorter in the file, by zeros."""
+    stored, state = stored_shapes(directory / MCORE_WEIGHTS), _sharded(model)
+    for chunk in state.values():
+        for name in [name for name in chunk if name.endswith("_extra_state")]:
+            del chunk[name]  # written for readers that ask for it; empty without Transformer Engine
+    wanted = {shard.key for shard in _shards(state)}
+    everywhere = gather_names(wanted)
+    fail_on(
+        [
+            *gap("tensor", everywhere - stored.keys(), "missing from the checkpoint"),
+            *gap("tensor", stored.keys() - everywhere, "that no parameter reads"),
+        ],
+        f"load {directory}",
+    )
+    for shard in _shards(state):
+        base = shard.data.untyped_storage().data_ptr() if shard.data is not None else 0
+        if tuple(shard.global_shape) != stored[shard.key] and base in padded:
+            shard.allow_shape_mismatch = True
+    try:
+        load_tensors(state, directory / MCORE_WEIGHTS)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}; convert it again") from error
+
+
+def write_adapter(model: MegatronModel, directory: Path, *, base_model: str, exist_ok: bool = False) -> None:
+    """Write the model's adapter as a Megatron checkpoint of its factors, with its settings beside; all ranks call it.
+
+    Raises:
+        ConversionError: the target is taken. CheckpointError: a rank could not write.
+    """
+    assert model.lora is not None
+    draft, lora = draft_of(directory), model.lora
+    config = {"peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.use_rslora}
+    config |= {"target_modules": list(lora.targets), "base_model_name_or_path": base_model}
+
+    def begin() -> None:
+        if is_main_process():
+            check_target(directory, exist_ok)
+            begin_draft(directory, {}, resume=False)
+
+    agree(attempt(begin), f"writing {directory}")
+    save_state({**_sharded(model), "content_metadata": _LAYOUT_FREE}, draft / MCORE_WEIGHTS, f"writing {directory}")
+    agree(attempt(lambda: _finish(draft, directory, {ADAPTER_CONFIG_FILE: config}, model.tokenizer_files())), f"writing {directory}")
+
+
+def read_adapter(model: MegatronModel, directory: Path) -> None:
+    """Put a Megatron adapter on a model; all ranks call it.
+
+    Raises:
+        CheckpointError: unreadable. ConversionError: of another model.
+    """
+    config = read_json(directory / ADAPTER_CONFIG_FILE)
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+    rank, alpha, dropout, use_rslora, targets = (config[name] for name in names)
+    model.add_lora(LoraSettings(rank, alpha, dropout, use_rslora, tuple(targets)))
+    factors = [(f"{name}", factor) for name, module in model.adapters() for factor in (module.lora_a, module.lora_b)]
+    _fill(model, directory, {factor.untyped_storage().data_ptr() for name, factor in factors if rules_by_target(model.rules)[name].pads})
+
+
+def _padded(model: MegatronModel, parameters: list[LocalParameter]) -> set[int]:
+    """Storages of the parameters that a layout may pad with zeros behind the real rows or columns."""
+    rules = rules_by_target(model.rules)
+    return {parameter.tensor.untyped_storage().data_ptr() for parameter in parameters if rules[parameter.name].pads}
+
+
+def _sharded(model: MegatronModel) -> dict[str, Any]:
+    """megatron's description of the base weights, or of the adapter if there is one, by chunk, as Megatron-LM keys them."""
+
+    def described(chunk: CausalLM) -> dict[str, Any]:
+        found = chunk.sharded_state_dict(metadata=dict(_LAYOUT_FREE)).items()
+        return {name: entry for name, entry in found if (model.lora is not None) == name.endswith(_FACTORS)}
+
+    alone = len(model.chunks) == 1
+    return {"model" if alone else f"model{number}": described(chunk) for number, chunk in enumerate(model.chunks)}
+
+
+def _shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """Every tensor of a sharded state; those that megatron keeps in two parts (gate and up) become two."""
+    for chunk in state.values():
+        for name, entry in chunk.items():
+            if isinstance(entry, ShardedTensorFactory):
+                chunk[name] = entry.build()
+        yield from (shard for entry in chunk.values() for shard in _flat(entry))
+
+
+def _flat(entry: Any) -> Iterator[ShardedTensor]:
+    if isinstance(entry, ShardedTensor):
+        yield entry
+    elif isinstance(entry, dict | list):
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from _flat(part)
