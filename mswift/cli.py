@@ -60,7 +60,7 @@ VERBS: dict[str, Verb] = {
         "mswift.commands.export:check",
     ),
     "verify": Verb(
-        "Say whether two models are equal, tensor by tensor and in their logits",
+        "Say whether two models are equal, tensor by tensor",
         "mswift.commands.verify:verify",
         "--model A --against B",
         "mswift.commands.verify:check",
