@@ -20,8 +20,8 @@ from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LoadReport, LocalParameter, Progress, all_names, load_weights
 from mswift.conversion.peft_io import read_peft, write_peft
+from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule
-from mswift.conversion.safetensors_io import CheckpointReader
 from mswift.conversion.shards import Axis, Shard, take
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families import find_family
@@ -77,7 +77,7 @@ class MegatronModel:
 
     def __init__(self, settings: BuildSettings, groups: Groups, runtime: Runtime, *, progress: Progress | None = None) -> None:
         self.settings, self.groups, self.runtime = settings, groups, runtime
-        self.reader = CheckpointReader(settings.directory)
+        self.reader = open_checkpoint(settings.directory)
         self.hf_config: HfConfig = read_hf_config(settings.directory, trust_remote_code=settings.trust_remote_code)
         self.family: ModelFamily = find_family(self.hf_config.architectures, str(settings.directory))
         path = settings.directory / CONFIG_FILE
