@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mswift.conversion.directories import CONFIG_FILE, listing, read_json
-from mswift.conversion.formats import fp8
+from mswift.conversion.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from mswift.conversion.formats.base import Quantised, Span
 from mswift.conversion.formats.settings import QUANTIZATION_KEY, dtype_of, excluded_modules, quantisation_of
 from mswift.conversion.rules import Shape
@@ -23,7 +23,12 @@ from mswift.errors import ModelError
 
 Finder = Callable[[CheckpointReader, Mapping[str, Any]], Iterator[Quantised]]
 _FORMATS: dict[str, tuple[Finder, str]] = {
+    "awq": (awq.find, awq.AUXILIARY),
+    "bitsandbytes": (bitsandbytes.find, bitsandbytes.AUXILIARY),
+    "compressed-tensors": (compressed_tensors.find, compressed_tensors.AUXILIARY),
     "fp8": (fp8.find, fp8.AUXILIARY),
+    "gptq": (gptq.find, gptq.AUXILIARY),
+    "mxfp4": (mxfp4.find, mxfp4.AUXILIARY),
 }
 """For each method: what finds the quantised weights, and the names that only a part of one can have."""
 _ACTIVATIONS = re.compile(r"\.(input|output|activation|k|v|q)_(scale|zero_point|global_scale)$|\.weight_format$")

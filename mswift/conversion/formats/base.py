@@ -114,28 +114,50 @@ class Nibbles:
 
 
 @dataclass(frozen=True)
+class Index:
+    """The block of every position along a dim, where the positions of a block lie anywhere.
+
+    Args:
+        name: of an int32 tensor. count: how many blocks there are.
+    """
+
+    name: str
+    dim: int
+    count: int
+
+    def read(self, stored: CheckpointReader, span: Span) -> Tensor:
+        """int64, of the positions of a span.
+
+        Raises:
+            ModelError: there is no such block.
+        """
+        blocks = stored.read(self.name, slice(*span)).long()
+        if int(blocks.min()) < 0 or int(blocks.max()) >= self.count:
+            raise ModelError(f"{stored.directory}: {self.name} names groups outside 0 to {self.count - 1}; download or quantise the model again")
+        return blocks
+
+
+@dataclass(frozen=True)
 class Grid:
     """A number for each block of a matrix, spread over its elements.
 
     Args:
-        numbers: one for each block. block: rows and columns of one. index: name of an int32 tensor that gives the block of every position
-            along ``dim``, in place of the positions one after the other.
+        numbers: one for each block. block: rows and columns of one. index: which block is whose, along one dim.
     """
 
     numbers: Numbers
     block: tuple[int, int]
-    index: str | None = None
-    dim: int = 0
+    index: Index | None = None
 
     def read(self, stored: CheckpointReader, rows: Span, columns: Span) -> Tensor:
         """fp32 ``[rows, columns]``.
 
         Raises:
-            ModelError: a number is none, or the index is out of range.
+            ModelError: a number is none, or the index names no block.
         """
         entries = [torch.arange(*span) // size for span, size in zip((rows, columns), self.block)]
         if self.index is not None:
-            entries[self.dim] = stored.read(self.index, slice(*(rows, columns)[self.dim])).long()
+            entries[self.index.dim] = self.index.read(stored, (rows, columns)[self.index.dim])
         low, high = [int(entry.min()) for entry in entries], [int(entry.max()) + 1 for entry in entries]
         numbers = as_float(self.numbers.read(stored, (low[0], high[0]), (low[1], high[1])))
         if not bool(torch.isfinite(numbers).all()):

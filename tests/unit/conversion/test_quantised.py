@@ -19,7 +19,7 @@ from tests.unit.conversion.quantisers import CASES, FP8, MODULE, Case, Made, Ten
 
 NORM = {"model.norm.weight": torch.arange(4.0).bfloat16()}
 EVERY = pytest.mark.parametrize("case", CASES)
-ONE_OF_EACH = ("fp8-ragged-blocks",)
+ONE_OF_EACH = ("fp8-ragged-blocks", "compressed-int4-groups", "compressed-int8-zero-points", "gptq", "awq", "nf4-double", "mxfp4")
 
 
 def opened(directory: Path, case: Case, stored: Tensors, **settings: Any) -> Any:
@@ -34,17 +34,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few elements at a time that every read is put together from pieces."""
-    monkeypatch.setattr(quantised, "_CHUNK", 700)
-
-
 @EVERY
-@pytest.mark.parametrize("chunk", [2**21, 700, 1])
+@pytest.mark.parametrize("chunk", [2**21, 4001])
 def test_a_weight_is_what_its_format_defines(case: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if chunk == 1 and CASES[case].shape[0] > 60:
-        chunk = 129
     monkeypatch.setattr(quantised, "_CHUNK", chunk)
     made = CASES[case].made()
     with opened(tmp_path, CASES[case], made.stored) as reader:
@@ -68,7 +60,7 @@ def open_cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, t
         reader.close()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_slice_is_that_of_the_whole(data: st.DataObject, open_cases: dict[str, tuple[Any, str, torch.Tensor]]) -> None:
     reader, name, whole = open_cases[data.draw(st.sampled_from(sorted(CASES)))]
@@ -86,9 +78,8 @@ def test_every_missing_part_is_named(case: str, tmp_path: Path) -> None:
     made = CASES[case].made()
     for part in made.scales:
         rest = {name: tensor for name, tensor in made.stored.items() if name != part}
-        with pytest.raises(
-            ModelError, match=rf"^{tmp_path}: [^ ]*{MODULE}[^ ]* is stored quantised without its ([^ ]* or )?{part}( or [^ ]*)?; download"
-        ) as caught:
+        message = rf"^{tmp_path}: {made.plain.removesuffix('.weight')}[^ ]* is stored quantised without its ([^ ]* or )?{part}( or [^ ]*)?; download"
+        with pytest.raises(ModelError, match=message) as caught:
             opened(tmp_path, CASES[case], rest)
         assert "\n" not in str(caught.value)
 
@@ -105,7 +96,7 @@ def test_a_scale_alone_is_named(case: str, tmp_path: Path) -> None:
 def test_a_scale_of_another_shape_is_named(case: str, tmp_path: Path) -> None:
     made = CASES[case].made()
     for part in made.scales:
-        if not made.stored[part].ndim and "scale" not in part:
+        if "quant_state" in part:  # whatever its shape, it is read as JSON
             continue
         wrong = torch.zeros(7, 3, dtype=torch.uint8).to(made.stored[part].dtype)
         with pytest.raises(ModelError, match=rf"{part} has shape \(7, 3\), wanted "):
@@ -138,7 +129,7 @@ def test_a_part_is_read_and_not_the_whole(tmp_path: Path, monkeypatch: pytest.Mo
             monkeypatch.setattr(SafetensorsFile, "_read_exactly", counting)
             rows, columns = reader.shape(made.plain)[:2]
             whole = sum(made.stored[part].nbytes for part in made.stored)
-            for part in ({"rows": slice(0, rows // 4)}, {"columns": slice(columns // 2, columns // 2 + columns // 4)}):
+            for part in ({"rows": slice(0, max(1, rows // 4))}, {"columns": slice(columns // 2, columns // 2 + columns // 4)}):
                 counted.clear()
                 reader.read(made.plain, **part)
                 assert 0 < sum(counted) < 0.45 * whole, (case, part)
