@@ -15,7 +15,7 @@ from mswift.conversion import quantised
 from mswift.conversion.quantised import QuantisedReader, open_checkpoint
 from mswift.conversion.safetensors_io import CheckpointReader, SafetensorsFile, TensorSpec
 from mswift.errors import ModelError
-from tests.unit.conversion.quantisers import CASES, FP8, MODULE, Case, Made, Tensors, write
+from tests.unit.conversion.quantisers import CASES, FP8, MODULE, Case, Made, Tensors, compressed, write
 
 NORM = {"model.norm.weight": torch.arange(4.0).bfloat16()}
 EVERY = pytest.mark.parametrize("case", CASES)
@@ -205,3 +205,70 @@ def test_fp8_as_transformers_dequantises_it(case: str, tmp_path: Path) -> None:
     wanted = Fp8Dequantize(None)._dequantize_one(made.stored[made.plain][:rows, :columns], scale, dtype)
     with opened(tmp_path, CASES[case], made.stored) as reader:
         assert torch.equal(bits(reader.read(made.plain, slice(rows), slice(columns))), bits(wanted))
+
+
+def test_mxfp4_as_transformers_dequantises_it(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    made, generator = CASES["mxfp4"].made(), torch.Generator().manual_seed(1)
+    blocks, scales = (made.stored[f"{made.plain}_{part}"] for part in ("blocks", "scales"))
+    blocks = torch.randint(0, 256, blocks.shape, generator=generator).byte()
+    scales = torch.randint(0, 255, scales.shape, generator=generator).byte()
+    wanted = convert_moe_packed_tensors(blocks, scales)
+    with opened(tmp_path, CASES["mxfp4"], {f"{made.plain}_blocks": blocks, f"{made.plain}_scales": scales}) as reader:
+        got = reader.read(made.plain)
+    assert got.shape == wanted.shape == (3, 96, 20)
+    assert torch.equal(got, wanted)
+    assert not bool(torch.isfinite(wanted).all()), "the largest exponents go beyond what bf16 can hold, here and there"
+
+
+def test_an_index_beyond_the_groups_is_named(tmp_path: Path) -> None:
+    for name in ("gptq-activation-order", "compressed-int4-shuffled"):
+        case, made = CASES[name], CASES[name].made()
+        index = next(part for part in made.scales if part.endswith("g_idx"))
+        made.stored[index][5] = 3
+        with opened(tmp_path / name, case, made.stored) as reader:
+            assert torch.equal(reader.read(made.plain, columns=slice(6, 60)), expected_of(made, case)[:, 6:60])
+            with pytest.raises(ModelError, match=rf"{index} names groups outside 0 to 2; download"):
+                reader.read(made.plain)
+
+
+REFUSED = {
+    "gptq": {"bits": 3, "checkpoint_format": "marlin", "pack_dtype": "int64", "dynamic": {"+:.*": {"bits": 8}}, "group_size": 0},
+    "awq": {"bits": 8, "version": "gemv", "zero_point": False, "group_size": None},
+    "nf4": {"load_in_4bit": False, "bnb_4bit_quant_storage": "bfloat16"},
+    "compressed-int4-groups": {"format": "nvfp4-pack-quantized", "transform_config": {"a": 1}, "sparsity_config": {"format": "sparse-24-bitmask"}},
+}
+
+
+@pytest.mark.parametrize(("case", "key"), [(case, key) for case, changes in REFUSED.items() for key in changes])
+def test_each_setting_that_changes_the_numbers_is_refused(case: str, key: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"^{tmp_path}: .*{'settings of their own' if key == 'dynamic' else key}.*; (take a|mend)") as caught:
+        opened(tmp_path, CASES[case], CASES[case].made().stored, **{key: REFUSED[case][key]})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"num_bits": 3}, r"compressed-tensors model.layers.0.mlp.down_proj weights with num_bits = 3 are not read, wanted 4 or 8"),
+        ({"strategy": "token"}, "strategy = 'token' are not read, wanted tensor or channel or group or block"),
+        ({"type": "float"}, "type = 'float' are not read, wanted int"),
+        ({"group_size": 16}, r"weight_scale has shape \(60, 3\), wanted \(60, 5\)"),
+    ],
+)
+def test_a_scheme_that_is_not_read_is_refused(weights: dict[str, Any], message: str, tmp_path: Path) -> None:
+    case = CASES["compressed-int4-groups"]
+    with pytest.raises(ModelError, match=message):
+        opened(tmp_path, case, case.made().stored, config_groups=compressed(**weights)["config_groups"])
+
+
+def test_a_module_has_the_scheme_that_names_it(tmp_path: Path) -> None:
+    case, made = CASES["compressed-int4-groups"], CASES["compressed-int4-groups"].made()
+    four, eight = (compressed(num_bits=bits)["config_groups"]["group_0"] for bits in (4, 8))
+    for targets in ([MODULE], [r"re:.*\.down_proj$"]):
+        groups = {"a": {**eight, "targets": ["Linear"]}, "b": {**four, "targets": targets}}
+        with opened(tmp_path, case, made.stored, config_groups=groups) as reader:
+            assert torch.equal(reader.read(made.plain), expected_of(made, case))
+    with pytest.raises(ModelError, match=rf"{MODULE} is stored quantised, but no entry of config_groups is about it"):
+        opened(tmp_path, case, made.stored, config_groups={"a": {**four, "targets": ["re:.*q_proj"]}})
