@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tests.distributed.runs import Run
 from tests.parity.ranks import FirstStep, RoundTrip, adapter_logits, first_step, round_trip
 from tests.parity.reference import distance, load_tensors
 from tests.tiny import make_model, make_tokenizer, write_rows
-from tests.unit.conversion.quantisers import CASES, write
+from tests.unit.conversion.quantisers import quantise_checkpoint
 
 SIZES = {"num_attention_heads": 6, "num_key_value_heads": 2}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -56,18 +55,7 @@ def make_pair(folder: Path, ids: Tensor, case: str, family: str, changes: dict[s
 
     make_model(family, dtype=torch.bfloat16, **SIZES, **changes).save_pretrained(folder / "plain")
     make_tokenizer(folder / "plain")
-    shutil.copytree(folder / "plain", folder / "quantised")
-    stored, plain = {}, {}
-    for name, tensor in load_tensors(folder / "plain").items():
-        if name.endswith("_proj.weight"):
-            made = CASES[case].made(name.removesuffix(".weight"), tensor.float().numpy())
-            stored |= made.stored
-            plain[name] = torch.from_numpy(made.expected).bfloat16()
-        else:
-            stored[name] = plain[name] = tensor
-    config = json.loads((folder / "plain" / "config.json").read_text())
-    write(folder / "quantised", stored, {**CASES[case].settings, "modules_to_not_convert": ["lm_head"]}, **config)
-    write(folder / "plain", plain, None, **config)
+    quantise_checkpoint(folder / "plain", folder / "quantised", case)
     model = AutoModelForCausalLM.from_pretrained(folder / "plain", attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         return Pair(folder / "quantised", folder / "plain", model(ids, use_cache=False).logits)

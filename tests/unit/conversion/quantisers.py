@@ -6,6 +6,7 @@ Nothing here knows the code that reads them: integers are packed bit by bit, and
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 MODULE = "model.layers.0.mlp.down_proj"
@@ -366,3 +367,21 @@ def write(directory: Path, tensors: Tensors, settings: dict[str, Any] | None, dt
     (directory / "config.json").write_text(json.dumps(content))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
     return directory
+
+
+def quantise_checkpoint(plain: Path, target: Path, case: str) -> Path:
+    """A checkpoint with every projection quantised as a case says; the plain one gets the values that these stand for."""
+    shutil.copytree(plain, target)
+    config = json.loads((plain / "config.json").read_text())
+    stored: Tensors = {}
+    values: Tensors = {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            made = CASES[case].made(name.removesuffix(".weight"), tensor.float().numpy())
+            stored |= made.stored
+            values[name] = torch.from_numpy(made.expected).to(tensor.dtype)
+        else:
+            stored[name] = values[name] = tensor.clone()
+    write(target, stored, {**CASES[case].settings, "modules_to_not_convert": ["lm_head"]}, **config)
+    write(plain, values, None, **config)
+    return target
