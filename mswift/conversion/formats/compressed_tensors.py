@@ -6,7 +6,7 @@ settings' to say (https://github.com/vllm-project/compressed-tensors).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,7 @@ def find(stored: CheckpointReader, settings: Mapping[str, Any]) -> Iterator[Quan
     """
     where = str(stored.directory)
     refuse(settings, {"format": (*_FORMS, "mixed-precision"), "transform_config": (None, {}), "sparsity_config": (None, {})}, where)
-    groups = settings.get("config_groups")
-    groups = groups if isinstance(groups, dict) else {}
+    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, dict)]
     for name in stored.names:
         if name.endswith(".weight_packed"):
             module = name.removesuffix(".weight_packed")
@@ -41,10 +40,10 @@ def find(stored: CheckpointReader, settings: Mapping[str, Any]) -> Iterator[Quan
             yield _bytes(stored, name, _scheme(module, groups, where))
 
 
-def _scheme(module: str, groups: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _scheme(module: str, groups: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
     """How the weight of a module was quantised: the group that names it, else the one that names a class, which only linear layers are."""
-    named = [group for group in groups.values() if any(matches_target(module, target) for target in group.get("targets") or ())]
-    classes = [group for group in groups.values() if any("." not in target and target[:1].isupper() for target in group.get("targets") or ())]
+    named = [group for group in groups if any(matches_target(module, target) for target in group.get("targets") or ())]
+    classes = [group for group in groups if any("." not in target and target[:1].isupper() for target in group.get("targets") or ())]
     found = [group.get("weights") for group in (*named, *classes)]
     if not found or not isinstance(found[0], dict):
         raise ModelError(f"{where}: {module} is stored quantised, but no entry of config_groups is about it; take the model's own config.json")
@@ -62,7 +61,7 @@ def _packed(stored: CheckpointReader, module: str, scheme: Mapping[str, Any]) ->
     per_word = 32 // bits
     check_shape(stored, packed, (rows, -(-columns // per_word)))
     scale = need(stored, packed, f"{module}.weight_scale")
-    block = _block(scheme, (rows, columns))
+    block = _block(scheme, (rows, columns), str(stored.directory))
     check_shape(stored, scale, blocks_of((rows, columns), block), *([(1,)] if scheme["strategy"] == "tensor" else []))
     counts = blocks_of((rows, columns), block)
     index = [need(stored, packed, f"{module}.weight_g_idx")] if scheme.get("actorder") in ("group", True) else []
@@ -80,21 +79,31 @@ def _packed(stored: CheckpointReader, module: str, scheme: Mapping[str, Any]) ->
     return Affine(f"{module}.weight", (rows, columns), parts, codes=codes, scale=Grid(Plain(scale, counts), block, order), zero=zero)
 
 
-def _block(scheme: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that share a scale."""
+def _block(scheme: Mapping[str, Any], shape: tuple[int, int], where: str) -> tuple[int, int]:
+    """Rows and columns that share a scale.
+
+    Raises:
+        ModelError: the scheme does not say their sizes.
+    """
     strategy = scheme["strategy"]
-    if strategy == "group":
-        return 1, int(scheme["group_size"])
-    if strategy == "block":
-        rows, columns = scheme["block_structure"]
-        return int(rows), int(columns)
-    return (1, shape[1]) if strategy == "channel" else shape
+    if strategy in ("tensor", "channel"):
+        return shape if strategy == "tensor" else (1, shape[1])
+    key = "group_size" if strategy == "group" else "block_structure"
+    value = scheme.get(key)
+    sizes: Any = (1, value) if strategy == "group" else value.split("x") if isinstance(value, str) else value
+    try:
+        rows, columns = (int(size) for size in sizes)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if min(rows, columns) < 1:
+        raise ModelError(f"{where}: {scheme['quant_method']} has strategy {strategy} with {key} = {value!r}; take the model's own config.json")
+    return rows, columns
 
 
 def _bytes(stored: CheckpointReader, name: str, scheme: Mapping[str, Any]) -> Affine:
     """int8 or fp8, one byte an element."""
     scale, shape = need(stored, name, f"{name}_scale"), matrix_shape(stored, name)
-    block = _block(scheme, shape)
+    block = _block(scheme, shape, str(stored.directory))
     weight = scaled_bytes(stored, name, scale, block)
     if scheme.get("symmetric", True):
         return weight

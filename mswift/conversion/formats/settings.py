@@ -24,6 +24,8 @@ def quantisation_of(config: Mapping[str, Any], where: str) -> dict[str, Any] | N
     settings = config.get(QUANTIZATION_KEY)
     if settings is None:
         return None
+    if isinstance(settings, dict) and settings.get("load_in_4bit"):  # earlier versions of bitsandbytes did not name themselves
+        settings = {"quant_method": "bitsandbytes", **settings}
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if method not in METHODS:
         raise ModelError(f"{where}: weights quantised by {method!r} are not read; wanted one of {', '.join(METHODS)}, or plain weights")

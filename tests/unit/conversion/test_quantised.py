@@ -254,6 +254,8 @@ def test_each_setting_that_changes_the_numbers_is_refused(case: str, key: str, t
         ({"num_bits": 3}, r"compressed-tensors model.layers.0.mlp.down_proj weights with num_bits = 3 are not read, wanted 4 or 8"),
         ({"strategy": "token"}, "strategy = 'token' are not read, wanted tensor or channel or group or block"),
         ({"type": "float"}, "type = 'float' are not read, wanted int"),
+        ({"group_size": None}, "has strategy group with group_size = None; take the model's own config.json"),
+        ({"strategy": "block", "block_structure": "1x"}, "has strategy block with block_structure = '1x'"),
         ({"group_size": 16}, r"weight_scale has shape \(60, 3\), wanted \(60, 5\)"),
     ],
 )
@@ -270,5 +272,18 @@ def test_a_module_has_the_scheme_that_names_it(tmp_path: Path) -> None:
         groups = {"a": {**eight, "targets": ["Linear"]}, "b": {**four, "targets": targets}}
         with opened(tmp_path, case, made.stored, config_groups=groups) as reader:
             assert torch.equal(reader.read(made.plain), expected_of(made, case))
-    with pytest.raises(ModelError, match=rf"{MODULE} is stored quantised, but no entry of config_groups is about it"):
-        opened(tmp_path, case, made.stored, config_groups={"a": {**four, "targets": ["re:.*q_proj"]}})
+    for groups in ({"a": {**four, "targets": ["re:.*q_proj"]}}, {"W8A8": ["Linear"]}, None):
+        with pytest.raises(ModelError, match=rf"{MODULE} is stored quantised, but no entry of config_groups is about it"):
+            opened(tmp_path, case, made.stored, config_groups=groups)
+
+
+def test_how_older_files_say_it(tmp_path: Path) -> None:
+    case, made = CASES["nf4"], CASES["nf4"].made()
+    unnamed = {key: value for key, value in case.settings.items() if key != "quant_method"}
+    with open_checkpoint(write(tmp_path / "nf4", made.stored, unnamed)) as reader:
+        assert torch.equal(reader.read(made.plain), expected_of(made, case))
+    case, made = CASES["compressed-fp8-blocks"], CASES["compressed-fp8-blocks"].made()
+    scheme = case.settings["config_groups"]["group_0"]["weights"]
+    groups = {"group_0": {"targets": ["Linear"], "weights": {**scheme, "block_structure": "16x32"}}}
+    with opened(tmp_path / "fp8", case, made.stored, config_groups=groups) as reader:
+        assert torch.equal(reader.read(made.plain), expected_of(made, case))
