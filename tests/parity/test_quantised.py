@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "awq": ("awq", "qwen2", {"hidden_size": 120}),
     "nf4": ("nf4-double", "qwen3", {"tie_word_embeddings": True}),
 }
-LAYOUTS = {"tp1": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
+LAYOUTS = {"tp1": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "ep2": (2, {"ep": 2})}
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def make_pair(folder: Path, ids: Tensor, case: str, family: str, changes: dict[s
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_are_those_of_the_dequantised_weights(layout: str, pairs: dict[str, Pair], ids: Tensor) -> None:
     world, sizes = LAYOUTS[layout]
+    pairs = {name: pair for name, pair in pairs.items() if layout != "ep2" or "experts" in name}
     runs = [Run(directory, **sizes) for pair in pairs.values() for directory in (pair.quantised, pair.plain)]
     found = run_distributed(adapter_logits, world, runs, ids, timeout=300)[-1]
     for index, (name, pair) in enumerate(pairs.items()):
