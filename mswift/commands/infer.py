@@ -148,12 +148,14 @@ def _dtype(config: InferConfig, session: Session) -> Any:
     """
     import psutil
 
+    from mswift.conversion.quantised import open_checkpoint
     from mswift.runtime.precision import cpu_multiplies_bf16
 
     if session.runtime.is_cuda or cpu_multiplies_bf16():
         return config.model.torch_dtype
-    stored = sum(path.stat().st_size for path in session.directory.glob("*.safetensors"))
-    needed = 2 * stored * session.groups.layout.dp
+    with open_checkpoint(session.directory) as reader:
+        plain = reader.nbytes
+    needed = 2 * plain * session.groups.layout.dp
     return "float32" if needed < psutil.virtual_memory().available else config.model.torch_dtype
 
 

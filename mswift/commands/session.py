@@ -78,14 +78,16 @@ def check_model(directory: Path, model: ModelSection) -> dict[str, Any]:
     """Read the headers and the config of a checkpoint; returns the sizes that a layout has to divide, as the config has them.
 
     Raises:
-        ModelError: a file is missing or damaged, or the architecture is not supported. ConfigError: its dtype cannot be held.
+        ModelError: a file is missing or damaged, the architecture or the way it is quantised is not supported. ConfigError: its dtype cannot be held.
     """
     from mswift.conversion.directories import CONFIG_FILE, read_weights
+    from mswift.conversion.formats.settings import quantisation_of
     from mswift.families import choose_dtype, find_family
 
     if not is_megatron(directory):
         read_weights(directory)
     config = read_json(directory / CONFIG_FILE)
+    quantisation_of(config, str(directory))
     find_family(config.get("architectures"), str(directory))
     choose_dtype(model.torch_dtype, config.get("dtype") or config.get("torch_dtype"), str(directory))
     return {"num_layers": config.get("num_hidden_layers"), "ffn_size": config.get("intermediate_size")}

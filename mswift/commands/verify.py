@@ -96,9 +96,9 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def _files(session: Session, here: Path, there: Path, progress: Any) -> Iterator[Compared]:
     """Two Hugging Face directories, tensor by tensor, dealt out to the ranks."""
-    from mswift.conversion.safetensors_io import CheckpointReader
+    from mswift.conversion.quantised import open_checkpoint
 
-    with CheckpointReader(here) as first, CheckpointReader(there) as second:
+    with open_checkpoint(here) as first, open_checkpoint(there) as second:
         names = sorted({*first.names, *second.names})
         mine = names[session.groups.rank :: session.groups.layout.world]
         for done, name in enumerate(mine, start=1):

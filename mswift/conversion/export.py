@@ -24,6 +24,7 @@ from mswift.conversion.coverage import fail_on, gap
 from mswift.conversion.directories import INDEX_FILE
 from mswift.conversion.export_plan import ExportParameter, ExportPlan, cast_of, held_by_places, plan_export
 from mswift.conversion.file_plan import OutFile, index_of
+from mswift.conversion.formats.settings import QUANTIZATION_KEY
 from mswift.conversion.load import Progress
 from mswift.conversion.rules import AnyRule, Rule
 from mswift.conversion.safetensors_io import ShardWriter
@@ -68,7 +69,8 @@ def export_model(
     Args:
         parameters: what this rank holds, in the same order on all tensor-parallel ranks and replicas of a stage. rules: of the whole model.
         directory: must not hold anything yet; on a file system that all ranks share.
-        config: content of config.json. A mapping gets the written dtype as its ``dtype``; bytes, or the file at a path, are kept as they are.
+        config: content of config.json. A mapping gets the written dtype as its ``dtype`` and loses
+            ``quantization_config``, for what is written is plain; bytes, or the file at a path, are kept as they are.
         groups: None for one process. extra_files: copied by name (tokenizer, chat template, generation config).
         dtype: cast floating-point tensors to it, rounding once; None keeps every bit.
         max_shard_size: of a file, as ``5GB``. exist_ok: replace an earlier export. progress: after each parameter that this rank writes.
@@ -277,5 +279,10 @@ def _config_bytes(config: Mapping[str, Any] | bytes | Path, plan: ExportPlan) ->
         for spec in file.specs.values():
             sizes[spec.dtype] += spec.nbytes
     written = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    return (json.dumps(plain_config(config, written), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Content of a config.json for plain weights of ``dtype``."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    return (json.dumps({**config, **dict.fromkeys(keys, written)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return {**{key: value for key, value in config.items() if key != QUANTIZATION_KEY}, **dict.fromkeys(keys, dtype)}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from mswift.conversion.coverage import drops_of, fail_on, gaps, rules_by_target
 from mswift.conversion.rules import AnyRule, Drop, Rule
-from mswift.conversion.safetensors_io import CheckpointReader
+from mswift.conversion.safetensors_io import TensorReader
 from mswift.conversion.shards import Shard, SourceSlice, source_slices
 from mswift.errors import ConversionError
 
@@ -46,7 +46,7 @@ class _Task:
     slices: list[SourceSlice]
     casts: set[str]
 
-    def nbytes(self, reader: CheckpointReader) -> int:
+    def nbytes(self, reader: TensorReader) -> int:
         width = self.parameter.tensor[0].numel() if self.parameter.tensor.numel() else 0
         return sum(part.rows * width * reader.dtype(part.source).itemsize for part in self.slices if part.source is not None)
 
@@ -80,7 +80,7 @@ class LoadPlan:
 def load_weights(
     parameters: Iterable[LocalParameter],
     rules: Sequence[AnyRule],
-    reader: CheckpointReader,
+    reader: TensorReader,
     *,
     model_parameters: Collection[str] | None = None,
     progress: Progress | None = None,
@@ -129,7 +129,7 @@ def gather_names(names: Iterable[str]) -> set[str]:
     return set().union(*gathered)
 
 
-def fill(tensor: torch.Tensor, slices: Iterable[SourceSlice], reader: CheckpointReader) -> None:
+def fill(tensor: torch.Tensor, slices: Iterable[SourceSlice], reader: TensorReader) -> None:
     """Write a shard from its slices, in place; without a copy where type, device and layout allow."""
     target = tensor.detach()
     for part in slices:
@@ -151,7 +151,7 @@ def _spans(part: SourceSlice) -> tuple[slice, slice | None]:
     return slice(part.start, part.stop), None if part.columns is None else slice(*part.columns)
 
 
-def _plan(parameters: Iterable[LocalParameter], rules: dict[str, Rule], reader: CheckpointReader) -> list[_Task]:
+def _plan(parameters: Iterable[LocalParameter], rules: dict[str, Rule], reader: TensorReader) -> list[_Task]:
     tasks, problems = [], []
     for parameter in parameters:
         rule = rules[parameter.name]
@@ -171,7 +171,7 @@ def _plan(parameters: Iterable[LocalParameter], rules: dict[str, Rule], reader: 
     return tasks
 
 
-def _mismatch(name: str, shape: tuple[int, ...], dtype: torch.dtype, reader: CheckpointReader) -> str:
+def _mismatch(name: str, shape: tuple[int, ...], dtype: torch.dtype, reader: TensorReader) -> str:
     if reader.shape(name) != shape:
         return f"{name} has shape {reader.shape(name)}, the model wants {shape}"
     if reader.dtype(name) != dtype and not {reader.dtype(name), dtype} <= _FLOATS:
@@ -183,7 +183,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_equal(drop: Drop, tasks: Iterable[_Task], reader: CheckpointReader) -> None:
+def _check_equal(drop: Drop, tasks: Iterable[_Task], reader: TensorReader) -> None:
     """A dropped tensor against the rows of its equal that this rank holds; the ranks of a stage cover them all between them."""
     if drop.equals is None:
         return
@@ -197,7 +197,7 @@ def _check_equal(drop: Drop, tasks: Iterable[_Task], reader: CheckpointReader) -
             )
 
 
-def _equal_rows(name: str, part: SourceSlice, reader: CheckpointReader) -> bool:
+def _equal_rows(name: str, part: SourceSlice, reader: TensorReader) -> bool:
     assert part.source is not None
     _, columns = _spans(part)
     for start in range(part.start, part.stop, _COMPARE_ROWS):

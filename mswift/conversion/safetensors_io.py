@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -35,6 +36,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -87,16 +89,17 @@ class SafetensorsFile:
         self.specs = {name: TensorSpec(_DTYPES[entry.type], entry.shape) for name, entry in header.tensors.items()}
         self._offsets = {name: entry.offset for name, entry in header.tensors.items()}
 
-    def read_into(self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
+    def read_into(self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None, *, shape: Shape | None = None) -> None:
         """Fill ``out`` with rows ``[start, stop)`` of dim 0 and columns ``[start, stop)`` of dim 1, reading no other bytes.
 
         Args:
             out: contiguous, on the CPU, of the file's dtype and of the shape of the slice.
+            shape: take the tensor as if it had this shape, of as many elements.
 
         Raises:
             ModelError: the file cannot be read, or has become shorter than its header says.
         """
-        spec = self.specs[name]
+        spec = self.specs[name] if shape is None else TensorSpec(self.specs[name].dtype, shape)
         first, last = _span(rows, spec.shape[0] if spec.shape else 1)
         view, begin = bytes_of(out), self._offsets[name] + first * spec.row_bytes
         if columns is None:
@@ -135,8 +138,57 @@ def sliced_shape(shape: Shape, rows: slice | None, columns: slice | None) -> Sha
     return tuple(stop - start for start, stop in spans) + shape[2:]
 
 
-class CheckpointReader:
-    """The safetensors of an HF model directory, as one set of named tensors. Opening reads the headers only.
+class TensorReader(ABC):
+    """A model directory as one set of named plain tensors, however they are stored. A context manager that closes its files."""
+
+    directory: Path
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """All tensors, in file order."""
+
+    @abstractmethod
+    def spec(self, name: str) -> TensorSpec: ...
+
+    @abstractmethod
+    def read_into(self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
+        """Fill ``out`` (contiguous, on the CPU, of the tensor's dtype) with rows ``[start, stop)`` of dim 0 and columns ``[start, stop)`` of dim 1.
+
+        Raises:
+            ModelError: the file cannot be read, or what it holds is no number.
+        """
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def shape(self, name: str) -> Shape:
+        return self.spec(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.spec(name).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.spec(name).nbytes for name in self.names)
+
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
+        """A new tensor of the tensor's own dtype: what `read_into` fills."""
+        spec = self.spec(name)
+        out = torch.empty(sliced_shape(spec.shape, rows, columns), dtype=spec.dtype)
+        self.read_into(name, out, rows, columns)
+        return out
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class CheckpointReader(TensorReader):
+    """The safetensors of an HF model directory, as they are stored. Opening reads the headers only.
 
     Args:
         directory: with ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` and its files.
@@ -168,37 +220,19 @@ class CheckpointReader:
     def spec(self, name: str) -> TensorSpec:
         return self._where[name].specs[name]
 
-    def shape(self, name: str) -> Shape:
-        return self.spec(name).shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.spec(name).dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.spec(name).nbytes for name in self._where)
-
-    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
-        """A new tensor of the file's dtype: rows ``[start, stop)`` of dim 0 and columns ``[start, stop)`` of dim 1."""
-        spec = self.spec(name)
-        out = torch.empty(sliced_shape(spec.shape, rows, columns), dtype=spec.dtype)
-        self.read_into(name, out, rows, columns)
-        return out
-
     def read_into(self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
         """`SafetensorsFile.read_into` of whichever file holds the tensor."""
         self._where[name].read_into(name, out, rows, columns)
 
+    def read_as(self, name: str, shape: Shape, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
+        """`read` of a tensor taken as if it had another shape, of as many elements."""
+        out = torch.empty(sliced_shape(shape, rows, columns), dtype=self.dtype(name))
+        self._where[name].read_into(name, out, rows, columns, shape=shape)
+        return out
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 class ShardWriter:

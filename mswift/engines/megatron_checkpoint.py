@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from mswift.conversion.coverage import fail_on, gap, rules_by_target
 from mswift.conversion.directories import ADAPTER_CONFIG_FILE, CONFIG_FILE, MCORE_FILE, MCORE_WEIGHTS, read_json
 from mswift.conversion.dist_checkpoint import PartsWriter, load_tensors, save_state, stored_shapes
+from mswift.conversion.export import plain_config
 from mswift.conversion.load import LocalParameter, Progress, gather_names
 from mswift.conversion.staging import begin_draft, check_space, check_target, draft_of, parse_size, publish, stamp_of
 from mswift.errors import CheckpointError
@@ -88,8 +89,9 @@ def write_checkpoint(
         save_state(state, draft / MCORE_WEIGHTS, f"writing {directory}", writer=writer)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; mend that and go on with --resume true") from error
-    note = {"family": model.family.name, "dtype": str(model.dtype).removeprefix("torch."), "layout": model.groups.layout.describe()}
-    texts = {NOTE_FILE: note, CONFIG_FILE: model.written_config()}
+    dtype = str(model.dtype).removeprefix("torch.")
+    note = {"family": model.family.name, "dtype": dtype, "layout": model.groups.layout.describe()}
+    texts = {NOTE_FILE: note, CONFIG_FILE: plain_config(read_json(model.settings.directory / CONFIG_FILE), dtype)}
     agree(attempt(lambda: _finish(draft, directory, texts, model.tokenizer_files())), f"writing {directory}")
     figures = torch.tensor([writer.bytes, writer.num_files, writer.reused])
     dist.all_reduce(figures)

@@ -22,8 +22,9 @@ from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, plan_load
 from mswift.conversion.peft_io import read_peft, write_peft
+from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule
-from mswift.conversion.safetensors_io import CheckpointReader, bytes_of
+from mswift.conversion.safetensors_io import bytes_of
 from mswift.conversion.shards import Axis, Shard, take
 from mswift.conversion.staging import stamp_of
 from mswift.engines.megatron_checkpoint import read_checkpoint
@@ -101,7 +102,7 @@ class MegatronModel:
         if is_megatron(settings.directory):
             read_checkpoint(self, local)
         else:
-            self._plan = plan_load(local, self.rules, CheckpointReader(settings.directory), model_parameters=all_names(local))
+            self._plan = plan_load(local, self.rules, open_checkpoint(settings.directory), model_parameters=all_names(local))
             if not settings.deferred:
                 self._plan.fill_all(progress)
 
@@ -259,12 +260,6 @@ class MegatronModel:
             for factor in (module.lora_a, module.lora_b):
                 digest.update(bytes_of(factor.detach().cpu().contiguous()))
         return digest.hexdigest()
-
-    def written_config(self) -> dict[str, Any]:
-        """Content of the config.json that goes with weights that this model writes."""
-        config = read_json(self.settings.directory / CONFIG_FILE)
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-        return {**config, **dict.fromkeys(keys, str(self.dtype).removeprefix("torch."))}
 
     def _export_groups(self) -> ExportGroups:
         layout, coords = self.groups.layout, self.groups.coords

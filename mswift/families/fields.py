@@ -16,10 +16,10 @@ _OF_NO_EFFECT = frozenset(
         *("dtype", "torch_dtype", "initializer_range", "init_std", "pretraining_tp", "unsloth_fixed", "is_decoder", "is_encoder_decoder"),
         *("output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing", "problem_type", "task_specific_params"),
         *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences"),
-        *("chunk_size_feed_forward", "transformers.js_config", "finetuning_task"),
+        *("chunk_size_feed_forward", "transformers.js_config", "finetuning_task", "quantization_config"),
     ]
 )
-"""Names, tokens, and how a model is initialised, served or generated from."""
+"""Names, tokens, and how a model is initialised, served or generated from; what a quantised one means is the reader's to know."""
 _DROPOUT = frozenset(["residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "embedding_dropout", "classifier_dropout", "dropout"])
 """Rates that training here leaves at 0."""
 _SAID_OTHERWISE = {

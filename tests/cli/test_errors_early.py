@@ -119,6 +119,12 @@ def unknown_architecture(lab: Lab) -> Words:
     return lab.sft()
 
 
+@case("weights quantised by 'quanto' are not read", "wanted one of awq, ", "or plain weights")
+def unknown_quantisation(lab: Lab) -> Words:
+    lab.config(quantization_config={"quant_method": "quanto", "weights": "int8"})
+    return lab.sft()
+
+
 @case("architectures None", "wanted a list with one, such as ", "mend it")
 def no_architecture(lab: Lab) -> Words:
     lab.config(architectures=None)

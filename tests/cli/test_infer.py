@@ -26,6 +26,7 @@ from mswift.rollout.prompts import Question
 from mswift.runtime.device import Runtime
 from mswift.train.folders import RESUME_DIR, RESUME_FILE
 from tests.tiny import make_checkpoint, make_peft_adapter, write_rows
+from tests.unit.conversion.quantisers import quantise_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +95,16 @@ def test_rows_are_answered_into_a_file(folder: Path, tmp_path: Path) -> None:
         assert line["labels"] == label["content"]
     infer(*flags, "--adapters", folder / "adapter", "--result_path", tmp_path / "two.jsonl", "--max_batch_size", 2, processes=2)
     assert (tmp_path / "two.jsonl").read_bytes() == default.read_bytes()
+
+
+def test_a_quantised_model_answers_like_the_plain_one(folder: Path, tmp_path: Path) -> None:
+    plain = shutil.copytree(folder / "model", tmp_path / "plain")
+    quantised = quantise_checkpoint(plain, tmp_path / "quantised", "fp8-blocks")
+    flags = ("--val_dataset", folder / "rows.jsonl", "--max_new_tokens", 6)
+    for model, processes in ((quantised, 2), (plain, 1)):
+        out, _ = infer("--model", model, *flags, "--result_path", tmp_path / f"{model.name}.jsonl", processes=processes)
+        assert out.startswith("5 of 5 answers in ")
+    assert (tmp_path / "quantised.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
 
 
 def test_an_interrupted_run_leaves_whole_lines(folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ What is compared: a tiny random model of every variant, unequal dimensions, no t
 the largest difference of a logit over all variants, and of the loss relative to it. The tests (`tests/parity`, `tests/distributed`) also compare
 the gradient of every tensor (1e-4), adapters in `peft`, greedy answers, and the bits of every tensor after Hugging Face -> Megatron -> Hugging Face.
 
-Not supported in any of them: fp16 weights, quantised sources, expert and context parallelism, dropout other than in attention. Rotary types:
+Not supported in any of them: fp16 weights, expert and context parallelism, dropout other than in attention. Rotary types:
 default, linear, llama3, yarn, dynamic, longrope (the length of the prompt decides for the whole answer), partial, interleaved, one a layer type.
 
 | family | architectures | variants | logits | loss | layouts |
