@@ -32,7 +32,13 @@ _SAID_OTHERWISE = {
         "rotary_pct",
         "original_max_position_embeddings",
     ),
-    "layer_types": ("sliding_window_pattern", "_sliding_window_pattern", "max_window_layers", "global_attn_every_n_layers"),
+    "layer_types": (
+        "sliding_window_pattern",
+        "_sliding_window_pattern",
+        "max_window_layers",
+        "global_attn_every_n_layers",
+        "full_attention_interval",
+    ),
     "no_rope_layers": ("no_rope_layer_interval",),
     "hidden_activation": ("hidden_act",),
 }
