@@ -53,6 +53,9 @@ SPECIAL = [
     ("qwen2_moe/plain", (4, {"ep": 2, "pp": 2})),
     ("qwen3_moe/plain", (4, {"ep": 2, "tp": 2, "sequence_parallel": True})),
     ("glm4_moe/plain", (4, {"ep": 2, "etp": 2, "tp": 2, "sequence_parallel": True})),
+    ("qwen3_5_text/one-group", TP2),
+    ("qwen3_5_text/biases", SP2),
+    ("qwen3_next/not-normalised-some-dense", (2, {"pp": 2, "vpp": 2})),
     ("qwen3_moe/not-normalised", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
 ]
 

@@ -34,6 +34,13 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "starcoder2-pp2-no-gate": ("starcoder2", {"sliding_window": 6}, 2, {"pp": 2, "lora": LORA}),
     "gemma2-tp2-limits": ("gemma2", {"sliding_window": 6, "final_logit_softcapping": 9.0}, 2, {"tp": 2, "lora": LORA}),
     "qwen2-moe-tp2": ("qwen2_moe", MIXTURE, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
+    "qwen3-next-tp2": (
+        "qwen3_next",
+        {**MIXTURE, "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]},
+        2,
+        {"tp": 2, "sequence_parallel": True, "lora": LORA},
+    ),
+    "qwen3.5-pp2": ("qwen3_5_text", {"full_attention_interval": 2}, 2, {"pp": 2, "lora": LORA}),
     "cohere-tp2-parallel": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}, 2, {"tp": 2, "lora": LORA}),
 }
 
