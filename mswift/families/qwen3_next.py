@@ -43,6 +43,8 @@ def describe_dense(hf: HfConfig) -> MegatronDescription:
 
 
 def describe_moe(hf: HfConfig) -> MegatronDescription:
+    if field_of(hf, "mlp_only_layers"):
+        raise ModelError(f"mlp_only_layers is {hf.mlp_only_layers}: transformers makes a mixture of every {hf.model_type} layer; set it to []")
     return _describe(hf, **_mixture(hf, None, True))
 
 
