@@ -34,8 +34,8 @@ CASES = (
     ("nemotron/biases", "float32"),
     ("mixtral/plain", "bfloat16"),
     ("qwen2_moe/normalised-some-dense", "float32"),
-    ("qwen3_next/not-normalised-some-dense", "bfloat16"),
-    ("qwen3_next/dense-biases", "float32"),
+    ("qwen3_next/not-normalised-some-dense", "float32"),
+    ("qwen3_next/dense-biases", "bfloat16"),
     ("qwen3_5_text/biases", "bfloat16"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
