@@ -17,9 +17,10 @@ _OF_NO_EFFECT = frozenset(
         *("output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing", "problem_type", "task_specific_params"),
         *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences"),
         *("chunk_size_feed_forward", "transformers.js_config", "finetuning_task"),
+        *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     ]
 )
-"""Names, tokens, and how a model is initialised, served or generated from."""
+"""Names, tokens, how a model is initialised, served or generated from, and layers beside the model that predict further tokens."""
 _DROPOUT = frozenset(["residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "embedding_dropout", "classifier_dropout", "dropout"])
 """Rates that training here leaves at 0."""
 _SAID_OTHERWISE = {
@@ -74,7 +75,7 @@ def unknown_fields(raw: Mapping[str, Any], hf: HfConfig, describe: Callable[[HfC
     asked = {
         name: value for name, value in raw.items() if name not in known and not name.startswith("_") and not name.endswith(("_token_id", "_version"))
     }
-    return {name: value for name, value in asked.items() if value not in (None, False) and value != plain.get(name)}
+    return {name: value for name, value in asked.items() if value not in (None, False, [], {}) and value != plain.get(name)}
 
 
 def describe_checked(family: ModelFamily, raw: Mapping[str, Any], hf: HfConfig, where: str, *, allow_unknown: bool = False) -> MegatronDescription:

@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from mswift.families.modules.layers import BlockedColumnParallelLinear, split_blocks
+from mswift.runtime.precision import widen
 
 CHUNK = 64
 _EPSILON = 1e-6  # of the length of queries and keys
@@ -77,7 +78,7 @@ class CausalConvolution(nn.Module):
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """`x` ``[b, channels, s]`` after `before` ``[b, channels, kernel - 1]`` -> (the same shape as x, what the next call has before it)."""
         x = torch.cat((before, x), dim=-1)
-        return F.silu(F.conv1d(x, self.weight, groups=len(self.weight))), x[..., x.shape[-1] - before.shape[-1] :]
+        return F.silu(F.conv1d(widen(x), widen(self.weight), groups=len(self.weight))), x[..., x.shape[-1] - before.shape[-1] :]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         groups = {"tp_group": self.group, "dp_cp_group": (metadata or {})["dp_cp_group"]}
