@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from mswift.errors import ConfigError
 from mswift.families.modules.layers import BlockedColumnParallelLinear, split_blocks
 from mswift.runtime.precision import widen
 
@@ -27,7 +28,8 @@ _BLOCKS = ("query", "key", "value", "z", "beta", "alpha")
 
 
 def delta_rule(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The gated delta rule over a sequence, `CHUNK` tokens at a time: ``S <- exp(log_decay) S``, ``S <- S + k beta (v - S k)``, ``o = S q``.
+    """The gated delta rule over a sequence, `CHUNK` tokens at a time: rows q, k, v, a matrix S:
+    ``S <- exp(log_decay) S``, ``S <- S + k^T beta (v - k S)``, ``o = q S``.
 
     Inside a chunk all corrections are found together, by one triangular system; a chunk of one token is the rule itself. All are fp32.
 
@@ -107,10 +109,15 @@ class DeltaNet(MegatronModule):
     """A gated delta net in the place of self attention; sizes are those of TransformerConfig's ``linear_*`` fields.
 
     Heads are split over tensor-parallel ranks; every rank computes whole sequences.
+
+    Raises:
+        ConfigError: context parallelism.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: Any, **_: Any) -> None:
         super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ConfigError(f"context parallelism {config.context_parallel_size} is not supported by gated delta nets; use 1")
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
         tp = self.tp_group.size()
         self.groups, self.heads = (config.linear_num_key_heads or 0) // tp, (config.linear_num_value_heads or 0) // tp
@@ -139,7 +146,7 @@ class DeltaNet(MegatronModule):
         mixed, before = self.conv1d(torch.cat(qkv, dim=-1).mT, before)
         output, state = self._recall(mixed, beta, alpha, state)
         if inference_context is not None:
-            inference_context.next_states[self.layer_number] = (before, state)
+            inference_context.next_states[self.layer_number] = (before.clone(), state)  # not a view into all that was filtered
         output = self.out_norm(output, gate.unflatten(-1, (self.heads, self.value_dim)))
         return self.out_proj(output.flatten(2).transpose(0, 1).to(hidden_states.dtype))
 
