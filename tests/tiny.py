@@ -37,12 +37,22 @@ DIMENSIONS: dict[str, Any] = {
 WITHOUT_HEAD_DIM = ("qwen2", "phi3", "olmoe")
 """Families whose heads are as wide as the hidden size over their number."""
 
+DELTA_NETS = ("qwen3_next", "qwen3_5")
+"""Families that have gated delta nets beside attention."""
+DELTA_NET = {
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 14,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "rms_norm_eps": 1e-2,  # a head that remembers little puts out nearly nothing, and its norm would make rounding as large as the rest
+}
+
 
 def config_of(kind: str, **changes: Any) -> Any:
     """A tiny transformers config of a family (its ``model_type``)."""
     from transformers import AutoConfig
 
-    dimensions = {**DIMENSIONS, **changes}
+    dimensions = {**DIMENSIONS, **(DELTA_NET if kind.startswith(DELTA_NETS) else {}), **changes}
     if kind in WITHOUT_HEAD_DIM:
         dimensions = {**dimensions, "hidden_size": dimensions["num_attention_heads"] * dimensions.pop("head_dim")}
     return AutoConfig.for_model(kind, **dimensions)
@@ -57,7 +67,8 @@ def make_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5, generator=generator)
+                zero_centred = kind.startswith(DELTA_NETS) and not name.endswith("linear_attn.norm.weight")
+                parameter.uniform_(-0.5 if zero_centred else 0.5, 0.5 if zero_centred else 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.15, generator=generator)
             parameter.data = parameter.data.to(dtype)  # not model.to(): it rounds the rotary frequencies too, which no loaded model does

@@ -102,7 +102,7 @@ def _files(session: Session, here: Path, there: Path, progress: Any) -> Iterator
         names = sorted({*first.names, *second.names})
         mine = names[session.groups.rank :: session.groups.layout.world]
         for done, name in enumerate(mine, start=1):
-            yield Compared(name, *(_digest(reader.read(name)) if name in reader else "absent" for reader in (first, second)))
+            yield Compared(name, *(_digest(reader.read(name)) if name in reader.names else "absent" for reader in (first, second)))
             progress(done, len(mine))
 
 

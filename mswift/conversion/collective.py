@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from mswift.conversion.rules import Parts
 from mswift.conversion.shards import Axis, Shard, join
 from mswift.errors import ConversionError, MswiftError
 
@@ -126,7 +127,7 @@ def gather_shards(shard: torch.Tensor, dim: int | None, owner: int, spread: Spre
     return [part.view(shard.dtype).reshape(shard.shape) for part in parts or []]
 
 
-def gather_small(tensors: Mapping[str, tuple[torch.Tensor, Shard, int]], groups: ExportGroups) -> dict[str, torch.Tensor]:
+def gather_small(tensors: Mapping[str, tuple[torch.Tensor, Shard, Parts]], groups: ExportGroups) -> dict[str, torch.Tensor]:
     """Whole tensors of all places on rank 0, an empty dict elsewhere; for what is small, such as adapters. Collective over the world.
 
     Args:

@@ -54,7 +54,7 @@ class _Task:
 class LoadPlan:
     """What is read from where into this rank's parameters: checked as a whole, then done at once or parameter by parameter. See `plan_load`."""
 
-    def __init__(self, tasks: list[_Task], reader: CheckpointReader) -> None:
+    def __init__(self, tasks: list[_Task], reader: TensorReader) -> None:
         self._tasks, self._reader = tasks, reader
         self._waiting = {task.parameter.tensor.untyped_storage().data_ptr(): task for task in tasks if task.parameter.tensor.numel()}
         self.total, self.done = sum(task.nbytes(reader) for task in tasks), 0
@@ -90,7 +90,7 @@ def load_weights(
 
 
 def plan_load(
-    parameters: Iterable[LocalParameter], rules: Sequence[AnyRule], reader: CheckpointReader, *, model_parameters: Collection[str] | None = None
+    parameters: Iterable[LocalParameter], rules: Sequence[AnyRule], reader: TensorReader, *, model_parameters: Collection[str] | None = None
 ) -> LoadPlan:
     """Find this rank's slices of every local parameter, and what is wrong with any of them. No communication.
 

@@ -18,6 +18,8 @@ from typing import ClassVar
 from mswift.errors import ConversionError
 
 Shape = tuple[int, ...]
+Parts = int | tuple[int, ...]
+"""Blocks of rows, each split over tensor-parallel ranks by itself: so many equal ones, or one of so many rows for each number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +39,18 @@ class Piece:
 class Rule:
     """One megatron parameter, named ``target`` (global layer numbers), as a list of pieces along dim 0; a bias is the 1-D case.
 
-    ``parts``: the parameter is this many equal blocks of rows, each split over tensor-parallel ranks by itself.
     ``exported``: False for a second copy of a tensor that another rule writes.
     ``required``: False where a model may lack the parameter although the family lists the rule.
     """
 
     target: str
-    parts: ClassVar[int] = 1
     exported: ClassVar[bool] = True
     required: ClassVar[bool] = True
+
+    @property
+    def parts(self) -> Parts:
+        """The blocks of rows that ranks split each by itself."""
+        return 1
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -111,13 +116,14 @@ class Rename(Rule):
 
 @dataclass(frozen=True, slots=True)
 class FusedQKV(Rule):
-    """Query, key and value projections in megatron's order: per query group ``[its query heads; its key head; its value head]``.
+    """Query, key and value projections in megatron's order: per query group ``[its query heads; their gates; its key head; its value head]``.
 
     Args:
         q, k, v: HF names; rows are ``num_groups * heads_per_group * head_dim`` for q and ``num_groups * head_dim`` for k and v. Three times
             the same name: one tensor ``[all of q; all of k; all of v]``.
         num_groups: key/value heads. heads_per_group: query heads that share one. head_dim: rows a head.
         padded_groups: groups that megatron's parameter has, zeros from ``num_groups`` on; None: no padding.
+        gated: q has twice the rows, ``[query; gate]`` for each head; not where the three are one tensor.
     """
 
     q: str
@@ -127,6 +133,7 @@ class FusedQKV(Rule):
     heads_per_group: int
     head_dim: int
     padded_groups: int | None = None
+    gated: bool = False
 
     @property
     def packed(self) -> bool:
@@ -142,12 +149,17 @@ class FusedQKV(Rule):
         return True
 
     @property
+    def _query_rows(self) -> int:
+        """Rows of one group's query heads and of their gates, if they have any."""
+        return self.heads_per_group * self.head_dim * (2 if self.gated else 1)
+
+    @property
     def _padding_rows(self) -> int:
-        return ((self.padded_groups or self.num_groups) - self.num_groups) * (self.heads_per_group + 2) * self.head_dim
+        return ((self.padded_groups or self.num_groups) - self.num_groups) * (self._query_rows + 2 * self.head_dim)
 
     def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
         kv_rows = self.num_groups * self.head_dim
-        q_rows = kv_rows * self.heads_per_group
+        q_rows = self.num_groups * self._query_rows
         self._rows(target_shape, q_rows + 2 * kv_rows + self._padding_rows)
         rest = target_shape[1:]
         if self.packed:
@@ -155,11 +167,24 @@ class FusedQKV(Rule):
         return {self.q: (q_rows, *rest), self.k: (kv_rows, *rest), self.v: (kv_rows, *rest)}
 
     def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        q_step, kv_step = self.heads_per_group * self.head_dim, self.head_dim
+        if self.gated:
+            return self._gated_pieces()
+        q_step, kv_step = self._query_rows, self.head_dim
         kv_rows = self.num_groups * kv_step
         offsets = (0, q_step * self.num_groups, q_step * self.num_groups + kv_rows) if self.packed else (0, 0, 0)
         steps = tuple(zip((self.q, self.k, self.v), (q_step, kv_step, kv_step), offsets, strict=True))
         real = [Piece(name, at + group * step, at + (group + 1) * step) for group in range(self.num_groups) for name, step, at in steps]
+        return self._padded(real)
+
+    def _gated_pieces(self) -> tuple[Piece, ...]:
+        real, size = [], self.head_dim
+        for group in range(self.num_groups):
+            heads = range(group * self.heads_per_group, (group + 1) * self.heads_per_group)
+            real += [Piece(self.q, (2 * head + part) * size, (2 * head + part + 1) * size) for part in (0, 1) for head in heads]
+            real += [Piece(name, group * size, (group + 1) * size) for name in (self.k, self.v)]
+        return self._padded(real)
+
+    def _padded(self, real: list[Piece]) -> tuple[Piece, ...]:
         return (*real, Piece(None, 0, self._padding_rows)) if self._padding_rows else tuple(real)
 
 
@@ -173,7 +198,10 @@ class FusedGateUp(Rule):
 
     gate: str
     up: str
-    parts: ClassVar[int] = 2
+
+    @property
+    def parts(self) -> Parts:
+        return 2
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -190,6 +218,40 @@ class FusedGateUp(Rule):
 
     def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
         return tuple(Piece(name, 0, source_shapes[name][0]) for name in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedBlocks(Rule):
+    """Blocks of unequal size, each split over tensor-parallel ranks by itself; the HF tensors have them group by group.
+
+    Args:
+        tensors: ``(HF name, rows that one group has of each of its blocks)``; megatron's parameter is all blocks of the first, of the second, ...
+        groups: how often an HF tensor repeats ``[its blocks]``; with 1 it has its blocks whole, one after the other.
+    """
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    groups: int = 1
+
+    @property
+    def parts(self) -> Parts:
+        return tuple(self.groups * rows for _, blocks in self.tensors for rows in blocks)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.tensors)
+
+    def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
+        rows = {name: self.groups * sum(blocks) for name, blocks in self.tensors}
+        self._rows(target_shape, sum(rows.values()))
+        return {name: (count, *target_shape[1:]) for name, count in rows.items()}
+
+    def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
+        found = []
+        for name, blocks in self.tensors:
+            for index, rows in enumerate(blocks):
+                starts = (group * sum(blocks) + sum(blocks[:index]) for group in range(self.groups))
+                found += [Piece(name, start, start + rows) for start in starts]
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,23 @@ from typing import Literal
 
 import torch
 
-from mswift.conversion.rules import Piece, Shape
+from mswift.conversion.rules import Parts, Piece, Shape
 from mswift.errors import ConversionError
 
 Axis = Literal["tp", "etp"]
 """What a parameter is split over: the tensor-parallel ranks, or those that share one expert where experts are spread."""
+
+
+def rows_of_parts(num_rows: int, parts: Parts, size: int = 1) -> tuple[int, ...]:
+    """The rows of each block that `parts` speaks of, or of its share where ``num_rows`` are those of one of ``size`` ranks.
+
+    Raises:
+        ConversionError: they do not divide.
+    """
+    blocks = tuple(rows // size for rows in parts) if isinstance(parts, tuple) else (num_rows // parts,) * parts
+    if sum(blocks) != num_rows:
+        raise ConversionError(f"{num_rows} rows are not those of {parts} part(s) over {size} tensor-parallel ranks")
+    return blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +58,7 @@ class Shard:
             shape[self.dim] *= self.size
         return tuple(shape)
 
-    def row_ranges(self, num_rows: int, parts: int = 1) -> list[tuple[int, int]]:
+    def row_ranges(self, num_rows: int, parts: Parts = 1) -> list[tuple[int, int]]:
         """The rows ``[start, stop)`` of the whole that this shard holds, in its own order; one range for each part.
 
         Raises:
@@ -54,10 +66,14 @@ class Shard:
         """
         if self.dim != 0:
             return [(0, num_rows)]
-        part, remainder = divmod(num_rows, parts * self.size)
-        if remainder:
-            raise ConversionError(f"{num_rows} rows in {parts} part(s) do not divide over {self.size} tensor-parallel ranks")
-        return [((block * self.size + self.rank) * part, (block * self.size + self.rank + 1) * part) for block in range(parts)]
+        ranges, at = [], 0
+        for rows in rows_of_parts(num_rows, parts):
+            step, remainder = divmod(rows, self.size)
+            if remainder:
+                raise ConversionError(f"{num_rows} rows in {parts} part(s) do not divide over {self.size} tensor-parallel ranks")
+            ranges.append((at + self.rank * step, at + (self.rank + 1) * step))
+            at += rows
+        return ranges
 
     def column_range(self, whole_shape: Shape) -> tuple[int, int] | None:
         """The columns of the whole that this shard holds; None for all of them."""
@@ -84,7 +100,9 @@ class SourceSlice:
         return self.stop - self.start
 
 
-def source_slices(pieces: Sequence[Piece], shard: Shard, whole_shape: Shape, parts: int = 1, source_columns: int | None = None) -> list[SourceSlice]:
+def source_slices(
+    pieces: Sequence[Piece], shard: Shard, whole_shape: Shape, parts: Parts = 1, source_columns: int | None = None
+) -> list[SourceSlice]:
     """What a shard is made of, in the order of its rows. Read it to load a shard, write it to export one.
 
     Args:
@@ -117,7 +135,7 @@ def cut_sources(
     pieces: Sequence[Piece],
     shards: Sequence[torch.Tensor],
     dim: int | None,
-    parts: int = 1,
+    parts: Parts = 1,
     source_columns: int | None = None,
     block_rows: int = 4096,
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
@@ -144,7 +162,7 @@ def cut_sources(
                 yield part.source, part.start, shard[part.at : part.at + part.rows][narrow]
 
 
-def take(whole: torch.Tensor, shard: Shard, parts: int = 1) -> torch.Tensor:
+def take(whole: torch.Tensor, shard: Shard, parts: Parts = 1) -> torch.Tensor:
     """The shard of a whole tensor in memory; a copy where its rows are not one range."""
     if shard.dim == 1:
         low, high = shard.column_range(tuple(whole.shape)) or (0, whole.shape[1])
@@ -153,11 +171,11 @@ def take(whole: torch.Tensor, shard: Shard, parts: int = 1) -> torch.Tensor:
     return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
 
 
-def join(shards: Sequence[torch.Tensor], dim: int | None, parts: int = 1) -> torch.Tensor:
+def join(shards: Sequence[torch.Tensor], dim: int | None, parts: Parts = 1) -> torch.Tensor:
     """The whole tensor from all its shards in order, the inverse of `take`; ``dim`` None: every shard is the whole."""
     if dim is None:
         return shards[0]
     if dim == 1 or parts == 1:
         return torch.cat(list(shards), dim=dim)
-    blocks = [shard.chunk(parts) for shard in shards]
-    return torch.cat([block[part] for part in range(parts) for block in blocks])
+    blocks = [shard.split(rows_of_parts(len(shard), parts, len(shards))) for shard in shards]
+    return torch.cat([block for same in zip(*blocks, strict=True) for block in same])

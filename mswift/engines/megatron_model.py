@@ -23,7 +23,7 @@ from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, plan_load
 from mswift.conversion.peft_io import read_peft, write_peft
 from mswift.conversion.quantised import open_checkpoint
-from mswift.conversion.rules import AnyRule
+from mswift.conversion.rules import AnyRule, Parts
 from mswift.conversion.safetensors_io import bytes_of
 from mswift.conversion.shards import Axis, Shard, take
 from mswift.conversion.staging import stamp_of
@@ -223,7 +223,7 @@ class MegatronModel:
         assert self.lora is not None
         rules = rules_by_target(self.rules)
         groups = self._export_groups()
-        parts: dict[str, tuple[torch.Tensor, Shard, int]] = {}
+        parts: dict[str, tuple[torch.Tensor, Shard, Parts]] = {}
         for name, module in self.adapters():
             for factor, parameter in (("A", module.lora_a), ("B", module.lora_b)):
                 parts[f"{name}/{factor}"] = (parameter.detach(), shard_of(parameter, self.groups), rules[name].parts if factor == "B" else 1)

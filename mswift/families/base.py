@@ -119,6 +119,15 @@ class MegatronDescription:
         """Whether a layer, counted from 0, is a mixture of experts."""
         return bool(self.transformer.get("num_moe_experts") and self.transformer["moe_layer_freq"][layer])
 
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has a gated delta net in the place of attention."""
+        kinds = self.transformer.get("linear_attention_freq")
+        return bool(kinds and kinds[layer])
+
+    @property
+    def has_recurrent_layers(self) -> bool:
+        return any(self.is_recurrent(layer) for layer in range(self.transformer["num_layers"]))
+
     @property
     def heads_per_group(self) -> int:
         return self.transformer["num_attention_heads"] // self.transformer["num_query_groups"]

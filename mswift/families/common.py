@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, PaddedRows, Rename, Rule, TiedHead
 from mswift.errors import ModelError
 from mswift.families.base import AttentionStyle, HfConfig, MegatronDescription, ModelFamily, NormStyle, Padding, register
+from mswift.families.delta_nets import delta_rules
 from mswift.families.mixtures import ExpertNames, expert_rules
 from mswift.families.rotations import rotation
 
@@ -26,6 +27,7 @@ class TensorNames:
     Args:
         qkv: query, key and value projections; the same name three times where they are one tensor. gate_up: likewise of the MLP.
         up: the first MLP layer where it is not gated. norms: our name -> the family's. experts: of the layers that have some.
+        delta_inputs: how delta nets are written, see `delta_rules`. dropped: tensors of a checkpoint that are left out.
     """
 
     qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -35,6 +37,8 @@ class TensorNames:
     down: str = "mlp.down_proj"
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
     experts: ExpertNames = field(default_factory=ExpertNames)
+    delta_inputs: Literal["packed", "separate"] = "separate"
+    dropped: tuple[Drop, ...] = ()
 
 
 def field_of(hf: HfConfig, *names: str, default: Any = None) -> Any:
@@ -83,7 +87,7 @@ def transformer_fields(hf: HfConfig, activations: tuple[str, ...] = ("silu",)) -
     return {
         "num_layers": hf.num_hidden_layers,
         "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
+        "ffn_hidden_size": field_of(hf, "intermediate_size", "moe_intermediate_size"),
         "num_attention_heads": hf.num_attention_heads,
         "num_query_groups": hf.num_key_value_heads,
         "kv_channels": head_size(hf),
@@ -163,6 +167,7 @@ def decoder_rules(description: MegatronDescription, padding: Padding, names: Ten
         PaddedRows("embedding.word_embeddings.weight", "model.embed_tokens.weight", description.vocab_size, padding.vocab),
         *_norm("decoder.final_layernorm", "model.norm", description),
         Drop(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a constant that old checkpoints carry"),
+        *names.dropped,
     ]
     if description.tied:
         rules.append(TiedHead("output_layer.weight", "model.embed_tokens.weight", description.vocab_size, padding.vocab))
@@ -173,7 +178,10 @@ def decoder_rules(description: MegatronDescription, padding: Padding, names: Ten
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for mine, its in names.norms.items():
             rules += _norm(ours + mine, theirs + its, description)
-        rules += _attention(ours + "self_attention.", theirs, description, padding, names)
+        if description.is_recurrent(layer):
+            rules += delta_rules(ours + "self_attention.", theirs, description, names.delta_inputs)
+        else:
+            rules += _attention(ours + "self_attention.", theirs, description, padding, names)
         if description.is_mixture(layer):
             rules += expert_rules(ours + "mlp.", theirs, description, names.experts)
         else:
@@ -193,7 +201,8 @@ def _attention(ours: str, theirs: str, description: MegatronDescription, padding
     def qkv(kind: str) -> Rule:
         q, k, v = (f"{theirs}{name}.{kind}" for name in names.qkv)
         target = f"{ours}linear_qkv.{kind}"
-        return FusedQKV(target, q, k, v, num_groups=groups, heads_per_group=heads // groups, head_dim=head_dim, padded_groups=padding.groups)
+        sizes = {"num_groups": groups, "heads_per_group": heads // groups, "head_dim": head_dim, "padded_groups": padding.groups}
+        return FusedQKV(target, q, k, v, **sizes, gated=fields.get("attention_output_gate", False))
 
     rules = [qkv("weight"), Rename(f"{ours}linear_proj.weight", f"{theirs}{names.output}.weight", columns=heads * head_dim)]
     if fields.get("add_qkv_bias"):

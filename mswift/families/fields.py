@@ -17,9 +17,11 @@ _OF_NO_EFFECT = frozenset(
         *("output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing", "problem_type", "task_specific_params"),
         *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences"),
         *("chunk_size_feed_forward", "transformers.js_config", "finetuning_task", "quantization_config"),
+        *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     ]
 )
-"""Names, tokens, and how a model is initialised, served or generated from; what a quantised one means is the reader's to know."""
+"""Names, tokens, how a model is initialised, served or generated from, layers beside the model that predict further tokens; what a quantised
+one means is the reader's to know."""
 _DROPOUT = frozenset(["residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "embedding_dropout", "classifier_dropout", "dropout"])
 """Rates that training here leaves at 0."""
 _SAID_OTHERWISE = {
@@ -32,7 +34,13 @@ _SAID_OTHERWISE = {
         "rotary_pct",
         "original_max_position_embeddings",
     ),
-    "layer_types": ("sliding_window_pattern", "_sliding_window_pattern", "max_window_layers", "global_attn_every_n_layers"),
+    "layer_types": (
+        "sliding_window_pattern",
+        "_sliding_window_pattern",
+        "max_window_layers",
+        "global_attn_every_n_layers",
+        "full_attention_interval",
+    ),
     "no_rope_layers": ("no_rope_layer_interval",),
     "hidden_activation": ("hidden_act",),
 }
@@ -68,7 +76,7 @@ def unknown_fields(raw: Mapping[str, Any], hf: HfConfig, describe: Callable[[HfC
     asked = {
         name: value for name, value in raw.items() if name not in known and not name.startswith("_") and not name.endswith(("_token_id", "_version"))
     }
-    return {name: value for name, value in asked.items() if value not in (None, False) and value != plain.get(name)}
+    return {name: value for name, value in asked.items() if value not in (None, False, [], {}) and value != plain.get(name)}
 
 
 def describe_checked(family: ModelFamily, raw: Mapping[str, Any], hf: HfConfig, where: str, *, allow_unknown: bool = False) -> MegatronDescription:

@@ -69,6 +69,12 @@ def mixture_fields(
     }
 
 
+def sparse_layers(hf: HfConfig) -> list[int]:
+    """1 for each layer that is a mixture, as ``mlp_only_layers`` and ``decoder_sparse_step`` say."""
+    dense = hf.mlp_only_layers or []
+    return [int(layer not in dense and (layer + 1) % hf.decoder_sparse_step == 0) for layer in range(hf.num_hidden_layers)]
+
+
 def sigmoid_router(hf: HfConfig, *, groups: int = 1, chosen_groups: int = 1, normalised: bool = True, factor: float = 1.0) -> dict[str, Any]:
     """TransformerConfig fields of a router whose scores are sigmoids, with a bias for the choice alone (DeepSeek-V3).
 

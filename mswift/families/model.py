@@ -30,6 +30,7 @@ from mswift.families.modules import (
     BiasedRowParallelLinear,
     CausalLM,
     DecoderAttention,
+    DeltaNet,
     Norm,
     ParallelBlock,
     RotaryTables,
@@ -67,7 +68,8 @@ def transformer_config(
     layout = groups.layout
     fields = description.transformer
     experts = {"num_experts": fields.get("num_moe_experts", 0), "expert_size": fields.get("moe_ffn_hidden_size", 0)}
-    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"], **experts)
+    key_heads = fields.get("linear_num_key_heads", 0)
+    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"], key_heads_of_delta_nets=key_heads, **experts)
     groups_of_queries = description.padding(layout.tp).groups
     settings = {
         **runtime.transformer_settings(pp=layout.pp, vpp=layout.vpp),
@@ -107,9 +109,10 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
         block.self_attn_bda = block.mlp_bda = ModuleSpec(module=AddToResidual, params=after)
     if description.parallel:
         spec.module = ParallelBlock
-    _describe_attention(block.self_attention, description)
-    if description.output_bias:
-        block.self_attention.submodules.linear_proj = BiasedRowParallelLinear
+    if description.is_recurrent(layer):
+        block.self_attention = ModuleSpec(module=DeltaNet)
+    else:
+        _describe_attention(block.self_attention, description)
     if description.mlp_bias:
         submodules = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear)
         block.mlp = ModuleSpec(module=MLP, submodules=submodules)
@@ -123,6 +126,8 @@ def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> N
     spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap)
     head_norm = ModuleSpec(module=Norm, params={"style": style.norm}) if style.head_norm == "shared" else None
     spec.submodules.q_layernorm = spec.submodules.k_layernorm = head_norm
+    if description.output_bias:
+        spec.submodules.linear_proj = BiasedRowParallelLinear
 
 
 def build_model(description: MegatronDescription, config: TransformerConfig, groups: Groups) -> list[CausalLM]:

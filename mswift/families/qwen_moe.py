@@ -6,7 +6,7 @@ from typing import Any
 
 from mswift.families.base import HfConfig, MegatronDescription
 from mswift.families.common import decoder_family, describe_decoder, rotations, windows
-from mswift.families.mixtures import mixture_fields
+from mswift.families.mixtures import mixture_fields, sparse_layers
 
 
 def describe_qwen2_moe(hf: HfConfig) -> MegatronDescription:
@@ -21,10 +21,8 @@ def describe_qwen3_moe(hf: HfConfig) -> MegatronDescription:
 
 
 def _mixture(hf: HfConfig) -> dict[str, Any]:
-    dense = hf.mlp_only_layers or []
-    layers = [int(layer not in dense and (layer + 1) % hf.decoder_sparse_step == 0) for layer in range(hf.num_hidden_layers)]
     sizes = {"experts": hf.num_experts, "topk": hf.num_experts_per_tok, "ffn_size": hf.moe_intermediate_size}
-    return mixture_fields(hf, **sizes, layers=layers, normalised=bool(hf.norm_topk_prob))
+    return mixture_fields(hf, **sizes, layers=sparse_layers(hf), normalised=bool(hf.norm_topk_prob))
 
 
 QWEN2_MOE = decoder_family("qwen2_moe", ("Qwen2MoeForCausalLM",), describe_qwen2_moe)

@@ -108,14 +108,16 @@ class ParallelLayout:
     def rank_of(self, coords: RankCoords) -> int:
         return coords.tp + self.tp * (coords.cp + self.cp * (coords.dp + self.dp * coords.pp))
 
-    def check_model(self, *, num_layers: int, ffn_size: int, num_experts: int | None = None, expert_size: int = 0) -> None:
-        """Refuse a model that this layout cannot split evenly; every factor is printed. (Heads and vocabulary are padded, exactly.)
+    def check_model(
+        self, *, num_layers: int, ffn_size: int, num_experts: int | None = None, expert_size: int = 0, key_heads_of_delta_nets: int = 0
+    ) -> None:
+        """Refuse a model that this layout cannot split evenly; every factor is printed. (Attention heads and vocabulary are padded, exactly.)
 
         Args:
             ffn_size: MLP width. num_experts: of a layer, 0 for none, None where that is not known yet. expert_size: MLP width of one.
 
         Raises:
-            LayoutError: the MLP does not divide by tp, layers by pp x vpp, experts by ep, or an expert by etp.
+            LayoutError: the MLP or the delta nets do not divide by tp, layers by pp x vpp, experts by ep, or an expert by etp.
         """
         faults = []
         if ffn_size % self.tp:
@@ -124,6 +126,8 @@ class ParallelLayout:
             faults.append(f"{num_experts} experts by ep({self.ep})")
         if expert_size % self.expert_tp:
             faults.append(f"expert width {expert_size} by etp({self.expert_tp})")
+        if key_heads_of_delta_nets % self.tp:
+            faults.append(f"{key_heads_of_delta_nets} key heads of delta nets by tp({self.tp})")
         if num_layers % (self.pp * self.vpp):
             faults.append(f"{num_layers} layers by pp({self.pp}) x vpp({self.vpp}) = {self.pp * self.vpp}")
         if faults:

@@ -18,10 +18,17 @@ class CacheContext(StaticInferenceContext):
     Attributes:
         left_padding: int64 ``[rows]``, positions at the left of each row that are no tokens; None: no row has any.
         rotary_length: tokens that decide which rotary frequencies hold, where they depend on the length.
+        states: what layers without keys remember of all positions so far, by layer number; every tensor has the rows first.
+        next_states: what they will remember once the positions at hand are done.
     """
 
     left_padding: Tensor | None = None
     rotary_length: int = 1
+
+    def __init__(self, max_batch_size: int, max_sequence_length: int) -> None:
+        super().__init__(max_batch_size, max_sequence_length)
+        self.states: dict[int, tuple[Tensor, ...]] = {}
+        self.next_states: dict[int, tuple[Tensor, ...]] = {}
 
 
 class KeyValueCache:
@@ -33,9 +40,13 @@ class KeyValueCache:
         length: positions that are filled. prompt_length: of the longest prompt that was begun with.
         padding: int64 ``[rows]``, positions at the left of each row that are no tokens; None: no row has any.
         tokens: the tokens behind the filled positions, known for one row without padding.
+
+    Args:
+        recurrent: some layer of the model, on whichever rank, has a state in the place of keys.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, recurrent: bool = False) -> None:
+        self.recurrent = recurrent
         self.clear()
 
     def clear(self) -> None:
@@ -51,11 +62,13 @@ class KeyValueCache:
 
         Returns:
             How many positions of them are there already: for one prompt its longest common beginning with what was computed last, its last
-            token left out, else 0.
+            token left out, else 0. A state cannot go back: there it is all that was computed, or nothing.
         """
         kept = 0
         if len(prompts) == 1 and self.context.max_batch_size == 1:
             kept = _common_prefix(self.tokens or [], prompts[0][:-1])
+            if self.recurrent and kept < self.length:
+                kept, self.context.states = 0, {}
         else:
             self.clear()
             self.context = CacheContext(len(prompts), 0)
@@ -84,6 +97,7 @@ class KeyValueCache:
             return
         capacity = max(needed, min(limit, max(2 * old.max_sequence_length, needed + _BLOCK // 2)))
         self.context = CacheContext(old.max_batch_size, -(-capacity // _BLOCK) * _BLOCK)
+        self.context.states = old.states
         while old.key_value_memory_dict:  # layer by layer, so that only one layer is in memory twice
             layer, pair = old.key_value_memory_dict.popitem()
             self.context.key_value_memory_dict[layer] = tuple(self._grown(memory) for memory in pair)
@@ -107,6 +121,7 @@ class KeyValueCache:
     def advance(self, ids: Tensor) -> None:
         """`ids` int64 ``[rows, new]`` have been computed."""
         self.length += ids.shape[1]
+        self.context.states, self.context.next_states = self.context.next_states, {}
         if self.tokens is not None:
             self.tokens += ids[0].tolist()
 
@@ -117,6 +132,8 @@ class KeyValueCache:
         self.context.max_batch_size = len(rows)
         for layer, pair in memory.items():
             memory[layer] = tuple(tensor[:, index.to(tensor.device)] for tensor in pair)
+        for layer, state in self.context.states.items():
+            self.context.states[layer] = tuple(tensor[index.to(tensor.device)] for tensor in state)
         if self.padding is not None:
             self.padding = self.padding[index.to(self.padding.device)]
 

@@ -68,7 +68,7 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         own = model.description.max_sequence_length
         self.max_length = min(own, max_length or own)
-        self.cache = KeyValueCache()
+        self.cache = KeyValueCache(recurrent=model.description.has_recurrent_layers)
 
     def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None) -> list[Answer]:
         """The answers to `prompts` (token ids), in their order. See `stream`."""

@@ -24,9 +24,10 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from mswift.errors import ConfigError
+from mswift.families.modules.layers import BlockedColumnParallelLinear, split_blocks
 from mswift.kernels.lora_linear import lora_linear
 
-ALL_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+ALL_LINEAR = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2")
 """Module names that ``all-linear`` stands for: every linear layer of a block; the embedding, the head and routed experts stay as they are."""
 ROUTED = ".experts."
 """In the name of every module of a routed expert."""
@@ -34,6 +35,8 @@ ROUTED = ".experts."
 HF_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "linear_qkv": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
     "linear_proj": (("o_proj",),),
+    "in_proj": (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
+    "out_proj": (("out_proj",),),
     "linear_fc1": (("gate_proj", "up_proj"), ("gate_up_proj",), ("c_fc",)),
     "linear_fc2": (("down_proj",), ("c_proj",)),
 }
@@ -175,6 +178,8 @@ class LoraLinear(nn.Module):
         sharded = make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets)
         if self.gated:  # gate and up are split over the ranks each by itself, as megatron does with the weight
             sharded[f"{prefix}lora_b"] = apply_swiglu_sharded_factory(sharded[f"{prefix}lora_b"], sharded_offsets)
+        if isinstance(self.base_layer, BlockedColumnParallelLinear):
+            sharded = split_blocks(sharded, f"{prefix}lora_b", self.base_layer.blocks)
         return {**self.base_layer.sharded_state_dict(prefix, sharded_offsets, metadata), **sharded}
 
 

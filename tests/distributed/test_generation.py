@@ -89,6 +89,15 @@ def test_copies_that_share_experts_go_step_by_step(tmp_path: Path) -> None:
         run_distributed(answers, 2, checkpoint, {"ep": 2, "tp": 2}, timeout=120)
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_layers_with_a_state_answer_alike_in_every_layout(layout: str, tmp_path: Path) -> None:
+    """A pipeline stage without such a layer must not keep a part of what was computed when the others cannot."""
+    kinds = ["linear_attention", "linear_attention", "full_attention", "full_attention"]
+    checkpoint = make_checkpoint(tmp_path / "model", "qwen3_5_text", layer_types=kinds)
+    ranks = run_distributed(answers, 2, checkpoint, LAYOUTS[layout], timeout=120)
+    assert ranks[0] == ranks[1] == run_distributed(answers, 1, checkpoint, {})[0]
+
+
 def test_an_adapter_answers_alike_on_two_ranks(checkpoint: Path, expected: list[Any]) -> None:
     alone = run_distributed(answers, 1, checkpoint, {}, True)[0]
     ranks = run_distributed(answers, 2, checkpoint, {"tp": 2}, True, timeout=120)

@@ -123,3 +123,15 @@ def test_trained_experts_stay_spread_or_together(written: dict[str, Any], read: 
     run_distributed(train_save_train, 2, replace(mixture, **FULL, **written), tmp_path, timeout=180)
     with pytest.raises(RankError, match="resume with the expert_model_parallel_size that"):
         run_distributed(resume_train, 2, replace(mixture, **FULL, **read), tmp_path, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def recurrent(base: Run) -> Run:
+    """Parameters that are blocks of rows, each split over the ranks by itself."""
+    changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "full_attention_interval": 2}
+    return replace(base, checkpoint=make_checkpoint(base.checkpoint.parent / "recurrent", "qwen3_5_text", **changes))
+
+
+@pytest.mark.parametrize(("tuner", "written", "read"), [("lora", 1, 2), ("full", 1, 2), ("full", 2, 1)])
+def test_delta_nets_resume_on_another_layout(tuner: str, written: int, read: int, recurrent: Run, tmp_path: Path) -> None:
+    test_resume_on_another_layout(tuner, (written, {"tp": written}), (read, {"tp": read}), recurrent, tmp_path)

@@ -18,6 +18,7 @@ _ROUTED = {
     "routed_scaling_factor": 1.7,
     "norm_topk_prob": True,
 }
+_FOUR_KEY_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
 _NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 _LONGROPE = {
     "rope_type": "longrope",
@@ -137,6 +138,28 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.6},
         },
     },
+    "qwen3_next": {
+        "plain": {**_EXPERTS, "shared_expert_intermediate_size": 44},
+        "not-normalised-some-dense": {
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 44,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            **_FOUR_KEY_HEADS,
+        },
+        "dense-biases": {"num_experts": 0, "attention_bias": True, "linear_num_key_heads": 4, "linear_num_value_heads": 4},
+        "yarn-rope": {
+            "num_experts": 0,
+            "rope_parameters": {**_YARN, "original_max_position_embeddings": 64, "partial_rotary_factor": 0.4},
+        },
+    },
+    "qwen3_5_text": {
+        "plain": {},
+        "one-group": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+        "biases": {"attention_bias": True, "linear_conv_kernel_dim": 3, "full_attention_interval": 2, **_FOUR_KEY_HEADS},
+    },
+    "qwen3_5_moe_text": {"plain": {**_EXPERTS, "shared_expert_intermediate_size": 44}},
     "nemotron": {"plain": {"hidden_act": "relu2"}, "biases": {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True}},
 }
 

@@ -17,7 +17,10 @@ from tests.parity.reference import distance, labelled_rows, load_peft, load_tens
 from tests.tiny import make_checkpoint, make_peft_adapter, write_rows
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
-MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 44, "mlp_only_layers": [1]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 44}
+MIXTURE = {**EXPERTS, "mlp_only_layers": [1]}
+MIXTURE_OF_NEXT = {**EXPERTS, "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
+MIXERS = ("linear_qkv", "linear_proj", "in_proj", "out_proj")
 # three groups of heads and a base without and with biases: TP2 pads the heads; the fourth has one group for two ranks
 TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "llama-tp1": ("llama", {}, 1, {"lora": LORA}),
@@ -34,6 +37,9 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "starcoder2-pp2-no-gate": ("starcoder2", {"sliding_window": 6}, 2, {"pp": 2, "lora": LORA}),
     "gemma2-tp2-limits": ("gemma2", {"sliding_window": 6, "final_logit_softcapping": 9.0}, 2, {"tp": 2, "lora": LORA}),
     "qwen2-moe-tp2": ("qwen2_moe", MIXTURE, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
+    "qwen3.5-moe-tp2": ("qwen3_5_moe_text", MIXTURE_OF_NEXT, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
+    # peft 0.20 takes gate_proj, up_proj and down_proj of this model for those of its routed experts, wherever they are
+    "qwen3-next-pp2": ("qwen3_next", MIXTURE_OF_NEXT, 2, {"pp": 2, "lora": {**LORA, "targets": MIXERS}}),
     "cohere-tp2-parallel": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}, 2, {"tp": 2, "lora": LORA}),
 }
 

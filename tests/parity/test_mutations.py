@@ -1,16 +1,16 @@
-"""What a wrong bridge looks like: each small mistake in a description or a rule must show in the parity tests, or they prove nothing."""
+"""What a wrong bridge looks like: each small mistake in a description, a rule or a module must show in the parity tests, or they prove nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from mswift.conversion.rules import AnyRule, FusedGateUp, FusedQKV
+from mswift.conversion.rules import AnyRule, FusedGateUp, FusedQKV, GroupedBlocks, Piece
 from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run, open_model
 from tests.parity.cases import options_of
@@ -26,6 +26,53 @@ def swap_gate_and_up(rule: AnyRule) -> AnyRule:
 
 def swap_keys_and_values(rule: AnyRule) -> AnyRule:
     return replace(rule, k=rule.v, v=rule.k) if isinstance(rule, FusedQKV) else rule
+
+
+class GatesForQueries(FusedQKV):
+    """Takes the rows of a head's gate for those of its query, and the other way round."""
+
+    def pieces(self, source_shapes: Mapping[str, Any]) -> tuple[Piece, ...]:
+        size = self.head_dim
+        moved = [(piece, 1 if piece.start // size % 2 == 0 else -1) for piece in super().pieces(source_shapes)]
+        return tuple(replace(p, start=p.start + by * size, stop=p.stop + by * size) if p.source == self.q else p for p, by in moved)
+
+
+def swap_queries_and_gates(rule: AnyRule) -> AnyRule:
+    return GatesForQueries(*(getattr(rule, field.name) for field in fields(rule))) if isinstance(rule, FusedQKV) else rule
+
+
+def swap_beta_and_alpha(rule: AnyRule) -> AnyRule:
+    if not isinstance(rule, GroupedBlocks) or len(rule.tensors) != 4:
+        return rule
+    return replace(rule, tensors=(*rule.tensors[:2], *rule.tensors[:1:-1]))
+
+
+def without_groups(rule: AnyRule) -> AnyRule:
+    if not isinstance(rule, GroupedBlocks):
+        return rule
+    return replace(rule, tensors=tuple((name, tuple(rows * rule.groups for rows in blocks)) for name, blocks in rule.tensors), groups=1)
+
+
+def filter_one_token_late() -> None:
+    from torch.nn import functional
+
+    from mswift.families.modules.delta_net import CausalConvolution
+
+    right = CausalConvolution.forward
+    CausalConvolution.forward = lambda self, x, before: right(self, functional.pad(x, (1, -1)), before)  # type: ignore[method-assign]
+
+
+def centre_the_norm_of_delta_nets_at_zero() -> None:
+    from mswift.families.modules.delta_net import GatedNorm
+
+    right = GatedNorm.forward
+    GatedNorm.forward = lambda self, x, gate: right(self, x, gate) + right(self, x, gate) / self.weight  # type: ignore[method-assign]
+
+
+def keep_the_length_of_keys() -> None:
+    from mswift.families.modules import delta_net
+
+    delta_net._unit = lambda x: x
 
 
 def attention(**changes: Any) -> Change:
@@ -60,11 +107,24 @@ DESCRIPTIONS: dict[str, tuple[str, Change]] = {
     "no factor on the logits": ("cohere/plain", lambda d: replace(d, logit_scale=1.0)),
     "a rotation everywhere": ("smollm3/plain", attention(rotation_of_layer=(0, 0, 0, 0))),
     "the wrong rotation": ("gemma3_text/scaled", lambda d: attention(rotations=d.attention.rotations[::-1])(d)),
+    "a norm around delta nets without its one": ("qwen3_5_text/plain", centred_at_one),
+    "a head norm of gated attention without its one": (
+        "qwen3_next/dense-biases",
+        lambda d: attention(norm=replace(d.attention.norm, zero_centred=False))(d),
+    ),
     "no growth of the queries": ("ministral3/plain", attention(query_factor=None)),
 }
 RULES: dict[str, tuple[str, Change]] = {
     "gate and up swapped": ("llama/plain", swap_gate_and_up),
     "keys and values swapped": ("qwen3/plain", swap_keys_and_values),
+    "gates taken for queries": ("qwen3_5_text/plain", swap_queries_and_gates),
+    "beta and alpha swapped": ("qwen3_5_text/plain", swap_beta_and_alpha),
+    "blocks that are not by key head": ("qwen3_next/dense-biases", without_groups),
+}
+CODE: dict[str, tuple[str, Callable[[], None]]] = {
+    "a filter that sees one token too late": ("qwen3_5_text/plain", filter_one_token_late),
+    "the norm of a delta net around zero": ("qwen3_5_text/plain", centre_the_norm_of_delta_nets_at_zero),
+    "queries and keys of any length": ("qwen3_5_text/plain", keep_the_length_of_keys),
 }
 
 
@@ -79,6 +139,8 @@ def right_and_wrong(rank: int, world: int, run: Run, name: str) -> tuple[Tensor,
     if name in DESCRIPTIONS:
         change = DESCRIPTIONS[name][1]
         base.register(replace(family, describe=lambda hf: change(family.describe(hf))))
+    elif name in CODE:
+        CODE[name][1]()
     else:
         change = RULES[name][1]
         base.register(replace(family, rules=lambda hf, padding: tuple(change(rule) for rule in family.rules(hf, padding))))
@@ -88,9 +150,9 @@ def right_and_wrong(rank: int, world: int, run: Run, name: str) -> tuple[Tensor,
     return right, wrong
 
 
-@pytest.mark.parametrize("name", [*DESCRIPTIONS, *RULES])
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, *RULES, *CODE])
 def test_a_mistake_shows(name: str, tmp_path: Path) -> None:
-    family, changes = options_of({**DESCRIPTIONS, **RULES}[name][0])
+    family, changes = options_of({**DESCRIPTIONS, **RULES, **CODE}[name][0])
     model = make_model(family, **changes)
     model.save_pretrained(tmp_path / "model")
     expected = measure_reference(model, random_batches()).logits

@@ -34,6 +34,9 @@ CASES = (
     ("nemotron/biases", "float32"),
     ("mixtral/plain", "bfloat16"),
     ("qwen2_moe/normalised-some-dense", "float32"),
+    ("qwen3_next/not-normalised-some-dense", "float32"),
+    ("qwen3_next/dense-biases", "bfloat16"),
+    ("qwen3_5_text/biases", "bfloat16"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"tp1": (1, {}), "tp4": (4, {"tp": 4}), "tp2-pp2": (4, {"tp": 2, "pp": 2})}

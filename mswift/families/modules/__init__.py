@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mswift.families.modules.attention import DecoderAttention, SdpaAttention
 from mswift.families.modules.causal_lm import CausalLM
+from mswift.families.modules.delta_net import DeltaNet
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.rotary import RotaryTables
@@ -14,6 +15,7 @@ __all__ = [
     "BiasedRowParallelLinear",
     "CausalLM",
     "DecoderAttention",
+    "DeltaNet",
     "HeadNorm",
     "Norm",
     "ParallelBlock",

@@ -141,6 +141,13 @@ class DecoderAttention(SelfAttention):
             query = query * self.style.query_factor(positions).to(query.dtype)[:, :, None, None]
         return super()._adjust_key_value_for_inference(inference_context, query, key, value, None, *args, **kwargs)
 
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """`x` ``[s, b, heads on this rank * dim]`` times the sigmoid of `gate` ``[s, b, heads, dim]``; megatron gives the gates of a whole
+        group where ranks share one, and would apply those of the first ranks everywhere."""
+        heads = x.shape[-1] // gate.shape[-1]
+        first = self.tp_group.rank() * heads % gate.shape[2]
+        return (x * gate[:, :, first : first + heads].float().sigmoid().flatten(2)).to(x.dtype)
+
 
 def _window_of_layer(config: TransformerConfig, layer_number: int) -> int | None:
     """Tokens that a query sees, itself included; None where the layer (counted from 1) sees all before it."""

@@ -1,11 +1,15 @@
-"""Blocks and linears: a residual addition with a norm or a factor, attention and MLP side by side, linears with a bias of their own."""
+"""Blocks and linears: a residual addition with a norm or a factor, attention and MLP side by side, linears with a bias or blocks of rows."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -27,6 +31,36 @@ class BiasedRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, bias=True, **kwargs)
+
+
+class BlockedColumnParallelLinear(ColumnParallelLinear):
+    """A column-parallel linear whose rows are blocks of unequal size, each split over the ranks by itself.
+
+    Args:
+        blocks: rows of each block on this rank, by the name that megatron gives it in a checkpoint.
+    """
+
+    def __init__(self, *args: Any, blocks: dict[str, int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.blocks = blocks
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        return split_blocks(super().sharded_state_dict(prefix, sharded_offsets, metadata), f"{prefix}weight", self.blocks)
+
+
+def split_blocks(sharded: dict[str, Any], name: str, blocks: dict[str, int]) -> dict[str, Any]:
+    """megatron's description of a checkpoint in which tensor `name` is saved block by block, so that another layout can read it."""
+    whole = sharded[name]
+    frame = whole.without_data()
+
+    @torch.no_grad()
+    def cut(key: str, data: Tensor, replica_id: Any, flattened_range: slice | None) -> list[Any]:
+        full = replace(frame, key=key, data=data, dtype=data.dtype, replica_id=replica_id, flattened_range=flattened_range)
+        ends = itertools.accumulate(blocks.values())
+        parts = [full.narrow(0, end - rows, rows)[0] for end, rows in zip(ends, blocks.values())]
+        return [replace(part, key=f"{key}.{block}") for part, block in zip(parts, blocks)]
+
+    return {**sharded, name: ShardedTensorFactory(whole.key, whole.data, cut, torch.cat, whole.replica_id)}
 
 
 class AddToResidual(nn.Module):

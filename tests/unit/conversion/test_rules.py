@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mswift.conversion.rules import Drop, FusedGateUp, FusedQKV, PaddedRows, Rename, Rule, TiedHead
+from mswift.conversion.rules import Drop, FusedGateUp, FusedQKV, GroupedBlocks, PaddedRows, Rename, Rule, TiedHead
 from mswift.errors import ConversionError
 
 SMALL = st.integers(1, 5)
@@ -52,6 +52,32 @@ def test_fused_qkv(groups: int, per_group: int, head_dim: int, rest: tuple[int, 
     assert_round_trip(rule, {"q": q, "k": k, "v": v}, wanted)
     assert_round_trip(FusedQKV("qkv", "all", "all", "all", groups, per_group, head_dim), {"all": torch.cat((q, k, v))}, wanted)
     with pytest.raises(ConversionError, match=r"qkv has \d+ rows, its rule makes \d+"):
+        rule.source_shapes((wanted.shape[0] + 1, *rest))
+
+
+@given(SMALL, SMALL, SMALL, st.integers(0, 2), st.one_of(st.just(()), st.tuples(SMALL)), DTYPES)
+def test_gates_follow_the_queries_of_their_group(
+    groups: int, per_group: int, head_dim: int, padding: int, rest: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    q, gate = (torch.randn(groups, per_group, head_dim, *rest).to(dtype) for _ in range(2))
+    k, v = (torch.randn(groups, 1, head_dim, *rest).to(dtype) for _ in "kv")
+    wanted = torch.cat((q, gate, k, v), dim=1).reshape(-1, *rest)
+    wanted = torch.cat((wanted, wanted.new_zeros(padding * (2 * per_group + 2) * head_dim, *rest)))
+    sources = {"q": torch.stack((q, gate), dim=2).reshape(-1, *rest), "k": k.reshape(-1, *rest), "v": v.reshape(-1, *rest)}
+    rule = FusedQKV("qkv", "q", "k", "v", groups, per_group, head_dim, padded_groups=groups + padding, gated=True)
+    assert_round_trip(rule, sources, wanted)
+    with pytest.raises(ConversionError, match=r"qkv has \d+ rows, its rule makes \d+"):
+        rule.source_shapes((wanted.shape[0] + 1, *rest))
+
+
+@given(st.integers(1, 4), st.lists(st.lists(SMALL, min_size=1, max_size=4), min_size=1, max_size=3), st.sampled_from([(), (3,), (1, 4)]), DTYPES)
+def test_grouped_blocks(groups: int, sizes: list[list[int]], rest: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensors = [[torch.randn(groups, rows, *rest).to(dtype) for rows in blocks] for blocks in sizes]
+    sources = {f"t{i}": torch.cat(blocks, dim=1).reshape(-1, *rest) for i, blocks in enumerate(tensors)}
+    wanted = torch.cat([block.reshape(-1, *rest) for blocks in tensors for block in blocks])
+    rule = GroupedBlocks("in_proj", tuple((f"t{i}", tuple(blocks)) for i, blocks in enumerate(sizes)), groups)
+    assert_round_trip(rule, sources, wanted)
+    with pytest.raises(ConversionError, match=r"in_proj has \d+ rows, its rule makes \d+"):
         rule.source_shapes((wanted.shape[0] + 1, *rest))
 
 

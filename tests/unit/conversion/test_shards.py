@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mswift.conversion.rules import FusedGateUp, FusedQKV, PaddedRows, Piece, Rename, Rule
+from mswift.conversion.rules import FusedGateUp, FusedQKV, GroupedBlocks, PaddedRows, Piece, Rename, Rule
 from mswift.conversion.shards import Shard, cut_sources, join, source_slices, take
 from mswift.errors import ConversionError
 
@@ -56,6 +56,32 @@ def test_gate_and_up_are_split_each_by_itself(size: int, unit: int, hidden: int)
     assert_shards(FusedGateUp("fc1", "gate", "up"), {"gate": gate, "up": up}, torch.cat([gate, up]), shards, 0)
 
 
+@given(SIZES, st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_the_input_of_a_delta_net_is_split_block_by_block(size: int, unit: int, keys: int, values: int, per_group: int, packed: bool) -> None:
+    """Each rank has its own key heads and the value heads, gates and factors that go with them, in whichever form the checkpoint is."""
+    groups, hidden = unit * size, 5
+    rows = (keys, keys, per_group * values, per_group * values, per_group, per_group)
+    blocks = [torch.randn(groups, count, hidden) for count in rows]
+    names = {"qkvz": (0, 1, 2, 3), "ba": (4, 5)} if packed else {"qkv": (0, 1, 2), "z": (3,), "b": (4,), "a": (5,)}
+    sources = {
+        name: torch.cat([blocks[i] for i in chosen], dim=1).flatten(0, 1) if packed else torch.cat([blocks[i].flatten(0, 1) for i in chosen])
+        for name, chosen in names.items()
+    }
+    repeats = 1 if packed else groups
+    rule = GroupedBlocks("in", tuple((name, tuple(rows[i] * repeats for i in chosen)) for name, chosen in names.items()), groups // repeats)
+    whole = torch.cat([block.flatten(0, 1) for block in blocks])
+    shards = [torch.cat([block.chunk(size)[rank].flatten(0, 1) for block in blocks]) for rank in range(size)]
+    assert_shards(rule, sources, whole, shards, 0)
+
+
+@given(SIZES, st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(2, 4))
+def test_channels_of_a_convolution(size: int, units: list[int], kernel: int) -> None:
+    blocks = [torch.randn(unit * size, 1, kernel) for unit in units]
+    shards = [torch.cat(parts) for parts in zip(*(block.chunk(size) for block in blocks))]
+    rule = GroupedBlocks("conv", (("conv1d", tuple(len(block) for block in blocks)),))
+    assert_shards(rule, {"conv1d": torch.cat(blocks)}, torch.cat(blocks), shards, 0)
+
+
 @given(SIZES, st.integers(1, 5), st.integers(1, 4), st.data())
 def test_vocabulary_padding_may_fill_whole_ranks(size: int, unit: int, hidden: int, data: st.DataObject) -> None:
     vocab = data.draw(st.integers(1, unit * size))
@@ -88,6 +114,10 @@ def test_shard_from_the_attributes_of_megatron() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConversionError, match="6 rows in 2 part"):
         source_slices([Piece("a", 0, 6)], Shard(0, 0, 2), (6, 2), parts=2)
+    with pytest.raises(ConversionError, match=r"6 rows in \(4, 2\) part\(s\) do not divide over 4"):
+        source_slices([Piece("a", 0, 6)], Shard(0, 0, 4), (6, 2), parts=(4, 2))
+    with pytest.raises(ConversionError, match=r"6 rows are not those of \(4, 4\) part"):
+        take(torch.zeros(6, 2), Shard(0, 0, 2), (4, 4))
     with pytest.raises(ConversionError, match="5 columns"):
         source_slices([Piece("a", 0, 6)], Shard(1, 0, 2), (6, 5))
     with pytest.raises(ConversionError, match="pieces have 6 rows, the parameter 8"):

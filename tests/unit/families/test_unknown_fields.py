@@ -31,8 +31,16 @@ def test_what_is_read_is_not_unknown_and_the_rest_is() -> None:
     config = config_of("llama")
     raw = json.loads(config.to_json_string(use_diff=False))
     describe = family_of("llama").describe
-    harmless = {"rope_scaling": {"factor": 2.0}, "_note": "x", "image_token_id": 7, "use_cache": False, "resid_pdrop": 0.1, "new_thing": None}
-    harmless["quantization_config"] = {"quant_method": "fp8"}
+    harmless = {
+        "rope_scaling": {"factor": 2.0},
+        "_note": "x",
+        "image_token_id": 7,
+        "use_cache": False,
+        "resid_pdrop": 0.1,
+        "new_thing": None,
+        "no_layers": [],
+        "quantization_config": {"quant_method": "fp8"},
+    }
     assert unknown_fields({**raw, **harmless}, config, describe) == {}
     changed = {"attn_logit_softcapping": 50.0, "qk_norm": True, "rope_interleaved": True, "hidden_size": 72}
     assert unknown_fields({**raw, **changed}, config, describe) == {key: value for key, value in changed.items() if key != "hidden_size"}

@@ -39,7 +39,7 @@ def ids_of(answers: Sequence[Answer]) -> list[list[int]]:
     [
         *("llama/plain", "qwen2/plain", "qwen3/plain", "gemma2/plain", "gemma3_text/scaled", "cohere2/plain", "cohere/head-norms", "olmo3/plain"),
         *("ministral3/plain", "phi3/longrope-short", "phi3/longrope-long", "smollm3/plain", "starcoder2/plain", "glm4/plain", "granite/plain"),
-        *("mixtral/windows", "qwen2_moe/normalised-some-dense"),
+        *("mixtral/windows", "qwen2_moe/normalised-some-dense", "qwen3_next/not-normalised-some-dense", "qwen3_5_text/plain"),
     ],
 )
 def test_greedy_answers_equal_those_of_transformers(
@@ -117,9 +117,39 @@ def test_the_beginning_of_a_conversation_is_computed_once(generator: Generator, 
     assert generator.cache.tokens[: len(changed)] == changed
 
 
-def test_the_cache_grows_while_an_answer_does(load: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
-    changes = {"max_position_embeddings": 700, "num_hidden_layers": 1}
-    directory = make_checkpoint(tmp_path / "model", seed=1, **changes)
+def test_a_state_goes_on_with_the_conversation_and_never_back(
+    load: Callable[..., Any], tokenizer: Any, tmp_path: Path, prompts: list[list[int]]
+) -> None:
+    generator = Generator(load(make_checkpoint(tmp_path / "model", "qwen3_5_text", seed=3)), tokenizer)
+    model = make_model("qwen3_5_text", seed=3)
+    first = prompts[1]
+    answer = generator.generate([first], GREEDY)[0].token_ids
+    again = [*first, *answer, *prompts[0]]
+    assert generator.cache.begin([again], None) == len(first) + len(answer) - 1
+    assert generator.generate([again], GREEDY)[0].token_ids == reference(model, again)
+    shorter = again[:-2]
+    assert generator.cache.begin([shorter], None) == 0, "what was computed is not its beginning"
+    assert generator.generate([shorter], GREEDY)[0].token_ids == reference(model, shorter)
+    stream = generator.stream([first], GREEDY)
+    next(stream)
+    stream.close()
+    assert generator.generate([first], GREEDY)[0].token_ids == answer
+
+
+def test_rows_with_a_state_leave_the_batch(load: Callable[..., Any], tokenizer: Any, tmp_path: Path, prompts: list[list[int]]) -> None:
+    generator = Generator(load(make_checkpoint(tmp_path / "model", "qwen3_5_text", seed=3)), tokenizer)
+    whole = ids_of(generator.generate(prompts, GREEDY))
+    ends = (whole[0][3], whole[2][8])
+    expected = [next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids) for ids in whole]
+    assert ids_of(generator.generate(prompts, replace(GREEDY, stop_token_ids=ends))) == expected
+    assert min(map(len, expected)) < max(map(len, expected))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5_text"])
+def test_the_cache_grows_while_an_answer_does(kind: str, load: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    kinds = {} if kind == "llama" else {"layer_types": ["full_attention", "linear_attention"]}
+    changes = {"max_position_embeddings": 700, "num_hidden_layers": len(kinds.get("layer_types", "x")), **kinds}
+    directory = make_checkpoint(tmp_path / "model", kind, seed=1, **changes)
     generator = Generator(load(directory), tokenizer)
     prompt = list(range(3, 243))
     capacities = []
@@ -127,7 +157,7 @@ def test_the_cache_grows_while_an_answer_does(load: Callable[..., Any], tokenize
         capacities.append(generator.cache.context.max_sequence_length)
         answer = pieces[0].answer
     assert answer is not None
-    assert answer.token_ids == reference(make_model(seed=1, **changes), prompt, 300)
+    assert answer.token_ids == reference(make_model(kind, seed=1, **changes), prompt, 300)
     assert (capacities[0], capacities[-1]) == (512, 768)
 
 

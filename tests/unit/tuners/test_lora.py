@@ -34,7 +34,9 @@ def _resolve(rank: int, world: int, cases: list[list[str]]) -> list[Any]:
 def test_target_names() -> None:
     everything = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     expected = {
-        ("all-linear",): everything,
+        ("all-linear",): ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"),
+        ("in_proj_ba", "in_proj_qkvz"): ("in_proj",),
+        ("out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"): ("in_proj", "out_proj"),
         ("down_proj", *QKV, "o_proj", *FC1): everything,
         ("linear_fc2", "linear_qkv"): ("linear_qkv", "linear_fc2"),
         ("o_proj",): ("linear_proj",),
