@@ -18,7 +18,7 @@ from tests.distributed.runs import Run, open_model
 from tests.parity.cases import options_of
 from tests.tiny import make_checkpoint, make_peft_adapter
 
-CASES = ("llama/plain", "llama/tied", "olmo2/one-group", "phi3/plain", "starcoder2/plain", "qwen3_moe/plain", "glm4_moe/plain")
+CASES = ("llama/plain", "llama/tied", "qwen3_next/plain", "olmo2/one-group", "phi3/plain", "starcoder2/plain", "qwen3_moe/plain", "glm4_moe/plain")
 SP2 = {"tp": 2, "sequence_parallel": True}
 MIXED_LAYOUTS: list[tuple[dict[str, Any], dict[str, Any]]] = [(SP2, {"pp": 2}), ({"pp": 2}, SP2)]
 
