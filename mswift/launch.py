@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from mswift.config import Config, SftConfig
+from mswift.config import Config, ExportConfig, SftConfig
 from mswift.errors import LaunchError, MswiftError
 from mswift.log import rank
 from mswift.parallel.layout import ParallelLayout
@@ -106,7 +106,10 @@ def check_processes(config: Config, environ: Mapping[str, str]) -> None:
     Raises:
         LayoutError, ConfigError, LaunchError: with every factor.
     """
-    layout = ParallelLayout(world=topology(environ).world, **config.parallel.sizes())
+    where = topology(environ)
+    if isinstance(config, ExportConfig) and config.export.dry_run:
+        return  # one process imagines the others
+    layout = ParallelLayout(world=where.world, **config.parallel.sizes())
     if isinstance(config, SftConfig):
         config.train.resolve_global_batch_size(layout.dp)
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mswift.commands import session as sessions
+from mswift.commands.dry_run import dry_run
 from mswift.commands.session import Session, check_writable, find_adapter, find_model, load_model, open_session
 from mswift.config import ExportConfig
 from mswift.conversion.directories import is_megatron, is_megatron_adapter
 from mswift.errors import ConfigError
 from mswift.log import get_logger, is_main_process, progress_bar
+from mswift.parallel.layout import ParallelLayout
 
 if TYPE_CHECKING:
     from mswift.engines.megatron_model import MegatronModel
@@ -25,6 +27,8 @@ def check(config: ExportConfig, world: int) -> None:
     Raises:
         MswiftError: model, layout, adapter or target are missing, damaged or do not fit.
     """
+    if config.export.dry_run:
+        world = ParallelLayout.smallest(**config.parallel.sizes()).world
     sessions.check(config, world)
     _target(config, find_adapter(config.export.adapters))
 
@@ -39,6 +43,10 @@ def export(config: ExportConfig) -> None:
     adapter = find_adapter(settings.adapters)
     target = _target(config, adapter)
     directory = find_model(config.model)
+    if settings.dry_run:
+        if is_main_process():
+            dry_run(config, directory)
+        return
     with open_session(directory, config.parallel, config.runtime) as session:
         model = load_model(session, config.model, config.parallel, deferred=True)
         if adapter is not None:

@@ -275,6 +275,8 @@ class ExportConfig(Config):
             yield "--to_peft_format needs --mcore_adapter, the Megatron adapter to write; a PEFT adapter is in that form already"
         if settings.mcore_adapter and not settings.to_peft_format:
             yield "--mcore_adapter is only written in PEFT's form: add --to_peft_format true"
+        if settings.dry_run and not settings.to_mcore:
+            yield "--dry_run is for --to_mcore; another form is written as the files of the source are"
         if settings.to_mcore and settings.merge_lora:
             yield "--to_mcore with --merge_lora takes two steps: merge first, then --model MERGED --to_mcore true"
         if settings.to_hf and settings.adapters and not settings.merge_lora:

@@ -246,7 +246,7 @@ class ExportSection:
     to_peft_format: bool = option(False, "Write the Megatron adapter of --mcore_adapter as a PEFT directory")
     mcore_adapter: str | None = option(None, "Megatron adapter to write in PEFT's form", auto="none", metavar="DIR")
     resume: bool = option(False, "Go on with a conversion that was killed; finished files are kept")
-    dry_run: bool = option(False, "Only say what would be written where, from the headers of the checkpoint")
+    dry_run: bool = option(False, "Only say what each rank would hold and write, from the headers of a Hugging Face checkpoint")
     output_dir: str | None = option(None, "Folder to write", auto="<adapter or model>-merged, -mcore, -hf or -peft", metavar="DIR")
     exist_ok: bool = option(False, "Write into a folder that exists")
     max_shard_size: str = option("5GB", "Largest file of weights", pattern=_SIZE_PATTERN, wanted="a size such as 5GB or 500MB")

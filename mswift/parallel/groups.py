@@ -46,8 +46,11 @@ class Groups:
         return self.coords.pp == self.layout.pp - 1
 
 
-def make_groups(layout: ParallelLayout) -> Groups:
+def make_groups(layout: ParallelLayout, *, gloo: bool = True) -> Groups:
     """Make megatron-core's process groups for `layout` in an initialised world.
+
+    Args:
+        gloo: also the groups of gloo that megatron-core wants beside those of NCCL.
 
     Raises:
         LayoutError: the layout was made for another number of processes.
@@ -67,6 +70,7 @@ def make_groups(layout: ParallelLayout) -> Groups:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
+        create_gloo_process_groups=gloo,
     )
     rank = dist.get_rank()
     return Groups(layout, rank, layout.coords(rank), ProcessGroupCollection.use_mpu_process_groups())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mswift.errors import LayoutError
@@ -71,6 +72,12 @@ class ParallelLayout:
             )
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError(f"parallel layout: vpp({self.vpp}) needs pp of at least 2, got pp({self.pp}); drop the virtual stages")
+
+    @classmethod
+    def smallest(cls, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, ep: int = 1, etp: int | None = None) -> ParallelLayout:
+        """The layout of these sizes with the fewest processes."""
+        expert = (etp or (tp if ep == 1 else 1)) * ep
+        return cls(math.lcm(tp * cp, expert) * pp, tp, pp, vpp, cp, ep, etp)
 
     @property
     def expert_tp(self) -> int:
