@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,22 +49,23 @@ def export(config: ExportConfig) -> None:
             dry_run(config, directory)
         return
     with open_session(directory, config.parallel, config.runtime) as session:
+        begun = time.perf_counter()
         model = load_model(session, config.model, config.parallel, deferred=True)
         if adapter is not None:
             model.load_adapter(adapter)
         if settings.to_mcore:
-            done = _write_megatron(config, model, target)
+            done = _write_megatron(config, model, target, begun)
         elif settings.to_peft_format or (adapter is not None and not settings.merge_lora):
             done = _write_adapter(config, model, target)
         else:
-            done = _write_model(config, model, target)
+            done = _write_model(config, model, target, begun)
         done += f"; at most {_peak(session) / 2**30:.2f} GiB of memory in one process: {target}"
     if is_main_process():
         logger.info(done)
         print(_next(config, adapter, target))
 
 
-def _write_megatron(config: ExportConfig, model: MegatronModel, target: Path) -> str:
+def _write_megatron(config: ExportConfig, model: MegatronModel, target: Path, begun: float) -> str:
     from mswift.engines.megatron_checkpoint import write_adapter, write_checkpoint
 
     settings = config.export
@@ -74,7 +76,7 @@ def _write_megatron(config: ExportConfig, model: MegatronModel, target: Path) ->
         report = write_checkpoint(
             model, target, resume=settings.resume, exist_ok=settings.exist_ok, max_shard_size=settings.max_shard_size, progress=progress
         )
-    return f"{report.tensors} tensors, {_rate(report.bytes, report.seconds)} in {report.files} file(s){_reused(report.reused)}"
+    return f"{report.tensors} tensors, {_rate(report.bytes, time.perf_counter() - begun)} in {report.files} file(s){_reused(report.reused)}"
 
 
 def _write_adapter(config: ExportConfig, model: MegatronModel, target: Path) -> str:
@@ -87,13 +89,13 @@ def _write_adapter(config: ExportConfig, model: MegatronModel, target: Path) -> 
     return "adapter written"
 
 
-def _write_model(config: ExportConfig, model: MegatronModel, target: Path) -> str:
+def _write_model(config: ExportConfig, model: MegatronModel, target: Path, begun: float) -> str:
     settings = config.export
     with progress_bar("writing the model") as progress:
         report = model.export_merged(
             target, max_shard_size=settings.max_shard_size, exist_ok=settings.exist_ok, keep=True, resume=settings.resume, progress=progress
         )
-    return f"{report.tensors} tensors, {_rate(report.bytes, report.seconds)} in {report.files} file(s){_reused(report.reused)}"
+    return f"{report.tensors} tensors, {_rate(report.bytes, time.perf_counter() - begun)} in {report.files} file(s){_reused(report.reused)}"
 
 
 def _rate(nbytes: int, seconds: float) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +43,13 @@ _LAYOUT_FREE = {"singleton_local_shards": False, "chained_optim_avoid_prefix": T
 
 @dataclass(frozen=True, slots=True)
 class WriteReport:
-    """What was written by all ranks: tensors, bytes, files, how many of these an earlier attempt had finished, and the time it took."""
+    """What was written by all ranks: tensors, bytes, files, and how many of these an earlier attempt had finished."""
 
     directory: Path
     tensors: int
     bytes: int
     files: int
     reused: int
-    seconds: float
 
 
 def write_checkpoint(
@@ -71,7 +69,6 @@ def write_checkpoint(
     Raises:
         ConversionError: the target is taken, or there is no space. CheckpointError: a rank could not write; what is finished stays for `resume`.
     """
-    begun = time.perf_counter()
     draft, own = draft_of(directory), torch.tensor(sum(part.numel() * part.element_size() for chunk in model.chunks for part in chunk.parameters()))
     dist.all_reduce(own)
 
@@ -97,7 +94,7 @@ def write_checkpoint(
     dist.all_reduce(figures)
     names = gather_names(shard.key for shard in _shards(_sharded(model)))
     nbytes, files, reused = (int(figure) for figure in figures)
-    return WriteReport(directory, len(names), nbytes, files, reused, time.perf_counter() - begun)
+    return WriteReport(directory, len(names), nbytes, files, reused)
 
 
 def _finish(draft: Path, directory: Path, texts: Mapping[str, Any], copies: Iterable[Path]) -> None:
