@@ -120,6 +120,16 @@ class MegatronModel:
         heads = real * self.description.heads_per_group
         return f"{heads} attention heads padded to {self.config.num_attention_heads} for tp{self.groups.layout.tp}; zeros, exact, cut off on export"
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many tensors of the checkpoint this model has no place for, by what they are."""
+        return {} if self._plan is None else self._plan.left_out
+
+    @property
+    def linear_names(self) -> set[str]:
+        """Those of `ALL_LINEAR` that this model has, over all pipeline stages."""
+        return {target.split(".")[-2] for target in rules_by_target(self.rules)} & set(ALL_LINEAR)
+
     def _local_parameters(self) -> list[LocalParameter]:
         found = (entry for chunk in self.chunks for entry in base_parameters(chunk, self.groups))
         return [LocalParameter(name, parameter.data, shard) for name, parameter, shard in found]

@@ -31,6 +31,8 @@ from mswift.families.modules import (
     CausalLM,
     DecoderAttention,
     DeltaNet,
+    GroupedRouter,
+    LatentAttention,
     Norm,
     ParallelBlock,
     RotaryTables,
@@ -99,8 +101,11 @@ def transformer_config(
 def _layer_spec(config: TransformerConfig, description: MegatronDescription, layer: int) -> ModuleSpec:
     """megatron's own local spec with our norms, attention and, where the family has them, biased linears and its own way to add up a block."""
     experts = config.num_moe_experts if description.is_mixture(layer) else None
-    spec = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, qk_layernorm=False, normalization="RMSNorm")
+    latent = description.attention.latent is not None
+    spec = get_gpt_layer_local_spec(experts, moe_grouped_gemm=False, qk_layernorm=False, multi_latent_attention=latent, normalization="RMSNorm")
     block = spec.submodules
+    if experts and description.choice is not None:
+        block.mlp.submodules.router = functools.partial(GroupedRouter, choice=description.choice)
     norm = ModuleSpec(module=Norm, params={"style": description.norm})
     block.input_layernorm = norm if description.pre_norms else IdentityOp
     block.pre_mlp_layernorm = norm if description.pre_norms and not description.parallel else IdentityOp
@@ -121,11 +126,16 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
 
 def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> None:
     style = description.attention
-    spec.module = DecoderAttention
-    spec.params = {**spec.params, "style": style, "real_groups": description.transformer["num_query_groups"]}
     spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap)
-    head_norm = ModuleSpec(module=Norm, params={"style": style.norm}) if style.head_norm == "shared" else None
-    spec.submodules.q_layernorm = spec.submodules.k_layernorm = head_norm
+    spec.params = {**spec.params, "style": style}
+    if style.latent is not None:
+        spec.module = LatentAttention
+        spec.submodules.q_layernorm = spec.submodules.kv_layernorm = ModuleSpec(module=Norm, params={"style": style.norm})
+    else:
+        spec.module = DecoderAttention
+        spec.params["real_groups"] = description.transformer["num_query_groups"]
+        head_norm = ModuleSpec(module=Norm, params={"style": style.norm}) if style.head_norm == "shared" else None
+        spec.submodules.q_layernorm = spec.submodules.k_layernorm = head_norm
     if description.output_bias:
         spec.submodules.linear_proj = BiasedRowParallelLinear
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -97,29 +97,18 @@ class SdpaAttention(MegatronModule):
         return visible if hidden is None else visible & ~hidden
 
 
-class DecoderAttention(SelfAttention):
+class RotatedAttention(Attention):
     """megatron's attention that rotates queries and keys by the layer's own rotation, before keys go into a cache (the stock one rotates the
-    whole cache again for every new token), and has norms and query factors that the stock one lacks.
+    whole cache again for every new token), and has query factors that the stock one lacks.
 
     Args:
         style: what the family's attention does.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, style: AttentionStyle, real_groups: int, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, style: AttentionStyle, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.style = style
         self.rotation = style.rotation_of_layer[self.layer_number - 1]
-        if style.head_norm in ("own", "full"):
-            per_group = config.num_attention_heads // config.num_query_groups
-            copies = max(1, self.world_size // config.num_query_groups)
-            rank, local = self.tp_group.rank(), config.num_attention_heads // self.world_size
-            common: dict[str, Any] = {"style": style.head_norm, "norm": style.norm, "group": self.tp_group}
-            self.q_layernorm = HeadNorm(
-                config, heads=config.num_attention_heads, real_heads=real_groups * per_group, first=rank * local, copies=1, **common
-            )
-            groups = self.num_query_groups_per_partition
-            first = rank // copies * groups
-            self.k_layernorm = HeadNorm(config, heads=config.num_query_groups, real_heads=real_groups, first=first, copies=copies, **common)
 
     def _adjust_key_value_for_inference(
         self,
@@ -147,6 +136,28 @@ class DecoderAttention(SelfAttention):
         heads = x.shape[-1] // gate.shape[-1]
         first = self.tp_group.rank() * heads % gate.shape[2]
         return (x * gate[:, :, first : first + heads].float().sigmoid().flatten(2)).to(x.dtype)
+
+
+class DecoderAttention(RotatedAttention, SelfAttention):
+    """Grouped queries from one projection, with norms that the stock attention lacks.
+
+    Args:
+        real_groups: key heads of the whole layer without those added as padding.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, style: AttentionStyle, real_groups: int, **kwargs: Any) -> None:
+        super().__init__(config, *args, style=style, **kwargs)
+        if style.head_norm in ("own", "full"):
+            per_group = config.num_attention_heads // config.num_query_groups
+            copies = max(1, self.world_size // config.num_query_groups)
+            rank, local = self.tp_group.rank(), config.num_attention_heads // self.world_size
+            common: dict[str, Any] = {"style": style.head_norm, "norm": style.norm, "group": self.tp_group}
+            self.q_layernorm = HeadNorm(
+                config, heads=config.num_attention_heads, real_heads=real_groups * per_group, first=rank * local, copies=1, **common
+            )
+            groups = self.num_query_groups_per_partition
+            first = rank // copies * groups
+            self.k_layernorm = HeadNorm(config, heads=config.num_query_groups, real_heads=real_groups, first=first, copies=copies, **common)
 
 
 def _window_of_layer(config: TransformerConfig, layer_number: int) -> int | None:
