@@ -84,6 +84,12 @@ class LatentStyle:
     bias: bool = False
     epsilon: float = 1e-6
 
+    @property
+    def narrow(self) -> tuple[int, ...]:
+        """Columns of the narrow layers, which tensor-parallel ranks share."""
+        keys = self.kv_rank + self.rotated
+        return (keys,) if self.q_rank is None else (self.q_rank, keys)
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertChoice:
@@ -107,18 +113,22 @@ class AttentionStyle:
     Args:
         rotations: the kinds in use. rotation_of_layer: for every layer an index into them; None: no rotary positions there.
         interleaved: pairs of neighbouring columns are rotated rather than halves.
-        head_norm: of queries and keys: None, ``shared`` (one weight for all heads), ``own`` (a weight for each head) or ``full`` (over all heads).
+        head_norm: of queries and keys: None, ``shared`` (one weight for all heads), ``own`` (a weight for each head), ``full`` (over all heads)
+            or ``rotated`` (of each head without a weight, behind the rotation, in layers that have one).
         norm: kind of that norm. softcap: limit on the scores, by tanh. query_factor: positions int64 -> factors on the queries.
+        factor_of_layer: in which layers; None: in all. chunk_of_layer: a query sees its own chunk of so many tokens (None: all) in every layer.
         latent: sizes of multi-head latent attention; None: plain heads.
     """
 
     rotations: tuple[Rotation, ...]
     rotation_of_layer: tuple[int | None, ...]
     interleaved: bool = False
-    head_norm: Literal["shared", "own", "full"] | None = None
+    head_norm: Literal["shared", "own", "full", "rotated"] | None = None
     norm: NormStyle = NormStyle()
     softcap: float | None = None
     query_factor: Callable[[torch.Tensor], torch.Tensor] | None = None
+    factor_of_layer: tuple[bool, ...] | None = None
+    chunk_of_layer: tuple[int | None, ...] | None = None
     latent: LatentStyle | None = None
 
 
@@ -191,12 +201,14 @@ class ModelFamily:
         name: short name, such as ``qwen2``. architectures: values of ``architectures`` in config.json.
         describe: Hugging Face config -> megatron description; raises ModelError for what it cannot express exactly.
         rules: (Hugging Face config, padding of the layout) -> one rule for every tensor.
+        model_types: pairs of a ``model_type`` that transformers does not know and the one whose config class reads such a config.json.
     """
 
     name: str
     architectures: tuple[str, ...]
     describe: Callable[[HfConfig], MegatronDescription]
     rules: Callable[[HfConfig, Padding], tuple[AnyRule, ...]]
+    model_types: tuple[tuple[str, str], ...] = ()
 
 
 _FAMILIES: dict[str, ModelFamily] = {}

@@ -152,7 +152,11 @@ def describe_decoder(
 
 
 def decoder_family(
-    name: str, architectures: tuple[str, ...], describe: Callable[[HfConfig], MegatronDescription], names: TensorNames | None = None
+    name: str,
+    architectures: tuple[str, ...],
+    describe: Callable[[HfConfig], MegatronDescription],
+    names: TensorNames | None = None,
+    model_types: tuple[tuple[str, str], ...] = (),
 ) -> ModelFamily:
     """Register a family whose rules follow from its description and its names."""
     known = names or TensorNames()
@@ -160,7 +164,7 @@ def decoder_family(
     def rules(hf: HfConfig, padding: Padding) -> tuple[AnyRule, ...]:
         return decoder_rules(describe(hf), padding, known)
 
-    return register(ModelFamily(name, architectures, describe, rules))
+    return register(ModelFamily(name, architectures, describe, rules, model_types))
 
 
 def decoder_rules(description: MegatronDescription, padding: Padding, names: TensorNames) -> tuple[AnyRule, ...]:
@@ -218,7 +222,7 @@ def _attention(ours: str, theirs: str, description: MegatronDescription, padding
     if description.output_bias:
         rules.append(Rename(f"{ours}linear_proj.bias", f"{theirs}{names.output}.bias"))
     style = description.attention.head_norm
-    if style is not None:
+    if style not in (None, "rotated"):
         unit = head_dim if style == "full" else 1
         for letter, count, padded in (("q", heads, padding.groups * (heads // groups)), ("k", groups, padding.groups)):
             target, source = f"{ours}{letter}_layernorm.weight", f"{theirs}self_attn.{letter}_norm.weight"

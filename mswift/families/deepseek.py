@@ -37,5 +37,5 @@ def describe_v2(hf: HfConfig) -> MegatronDescription:
 
 
 NAMES = TensorNames(experts=ExpertNames(shared="mlp.shared_experts"))
-DEEPSEEK_V3 = decoder_family("deepseek_v3", ("DeepseekV3ForCausalLM",), describe_v3, NAMES)
+DEEPSEEK_V3 = decoder_family("deepseek_v3", ("DeepseekV3ForCausalLM",), describe_v3, NAMES, (("kimi_k2", "deepseek_v3"),))
 DEEPSEEK_V2 = decoder_family("deepseek_v2", ("DeepseekV2ForCausalLM",), describe_v2, NAMES)

@@ -9,9 +9,6 @@ from mswift.errors import ModelError
 from mswift.families.base import AttentionStyle, HfConfig, LatentStyle, MegatronDescription, Padding
 from mswift.families.rotations import rotation
 
-_NARROW = (("linear_q_down_proj", "q_a_proj"), ("linear_kv_down_proj", "kv_a_proj_with_mqa"))
-_NORMS = (("q_layernorm", "q_a_layernorm"), ("kv_layernorm", "kv_a_layernorm"))
-
 
 def latent_attention(hf: HfConfig, *, interleaved: bool) -> AttentionStyle:
     """Latent attention with one rotation for all layers.
@@ -53,13 +50,16 @@ def latent_rules(ours: str, theirs: str, description: MegatronDescription, paddi
     def wide(target: str, source: str, width: int) -> Rule:
         return PaddedRows(f"{ours}{target}.weight", f"{theirs}{source}.weight", heads * width, padding.groups * width)
 
-    query = ("linear_q_proj", "q_proj") if latent.q_rank is None else ("linear_q_up_proj", "q_b_proj")
-    narrow = slice(int(latent.q_rank is None), None)
-    rules = [
-        wide(*query, latent.plain + latent.rotated),
+    narrow, norms = [("linear_kv_down_proj", "kv_a_proj_with_mqa")], [("kv_layernorm", "kv_a_layernorm")]
+    if latent.q_rank is not None:
+        narrow.append(("linear_q_down_proj", "q_a_proj"))
+        norms.append(("q_layernorm", "q_a_layernorm"))
+    biased = [*(narrow if latent.bias else ()), *([("linear_proj", "o_proj")] if description.output_bias else ())]
+    query = "linear_q_proj" if latent.q_rank is None else "linear_q_up_proj"
+    return [
+        wide(query, "q_proj" if latent.q_rank is None else "q_b_proj", latent.plain + latent.rotated),
         wide("linear_kv_up_proj", "kv_b_proj", latent.plain + latent.values),
         Rename(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", columns=heads * latent.values),
-        *(Rename(f"{ours}{mine}.weight", f"{theirs}{its}.weight") for mine, its in (*_NARROW[narrow], *_NORMS[narrow])),
+        *(Rename(f"{ours}{mine}.weight", f"{theirs}{its}.weight") for mine, its in (*narrow, *norms)),
+        *(Rename(f"{ours}{mine}.bias", f"{theirs}{its}.bias") for mine, its in biased),
     ]
-    biased = [*(_NARROW[narrow] if latent.bias else ()), *([("linear_proj", "o_proj")] if description.output_bias else ())]
-    return [*rules, *(Rename(f"{ours}{mine}.bias", f"{theirs}{its}.bias") for mine, its in biased)]

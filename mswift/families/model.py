@@ -48,12 +48,15 @@ def read_hf_config(directory: Path, *, trust_remote_code: bool = False) -> HfCon
     Raises:
         ModelError: config.json is unreadable, or the architecture is not supported.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = directory / CONFIG_FILE
     raw = read_json(path)
-    find_family(raw.get("architectures"), str(directory))
+    family = find_family(raw.get("architectures"), str(directory))
+    known = dict(family.model_types).get(raw.get("model_type", ""))
     try:
+        if known is not None:
+            return CONFIG_MAPPING[known].from_dict(raw)
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # each config class checks its fields in its own way
         raise ModelError(f"{path} is not a valid {raw.get('model_type')} config: {one_line(error)}; mend it, or download it again") from error
@@ -70,8 +73,9 @@ def transformer_config(
     layout = groups.layout
     fields = description.transformer
     experts = {"num_experts": fields.get("num_moe_experts", 0), "expert_size": fields.get("moe_ffn_hidden_size", 0)}
-    key_heads = fields.get("linear_num_key_heads", 0)
-    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"], key_heads_of_delta_nets=key_heads, **experts)
+    latent = description.attention.latent
+    widths = {"key_heads_of_delta_nets": fields.get("linear_num_key_heads", 0), "narrow": () if latent is None else latent.narrow}
+    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"], **widths, **experts)
     groups_of_queries = description.padding(layout.tp).groups
     settings = {
         **runtime.transformer_settings(pp=layout.pp, vpp=layout.vpp),
@@ -126,7 +130,7 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
 
 def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> None:
     style = description.attention
-    spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap)
+    spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap, chunk_of_layer=style.chunk_of_layer)
     spec.params = {**spec.params, "style": style}
     if style.latent is not None:
         spec.module = LatentAttention

@@ -21,6 +21,7 @@ _ROUTED = {
 _FOUR_KEY_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
 _LATENT = {
     "head_dim": 10,
+    "rms_norm_eps": 0.2,  # the narrow layers' norms do not heed it
     "num_key_value_heads": 6,
     "q_lora_rank": 28,
     "kv_lora_rank": 22,
@@ -142,7 +143,16 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "deepseek_v3": {
         "plain": {**_ROUTED, **_LATENT, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "rope_parameters": _STRETCHED},
         "no-narrow-queries": {**_ROUTED, **_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
-        "halves-biases": {**_ROUTED, **_LATENT, "n_group": 2, "topk_group": 1, "rope_interleave": False, "attention_bias": True},
+        "halves-biases": {
+            **_ROUTED,
+            **_LATENT,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "n_group": 4,
+            "topk_group": 3,
+            "rope_interleave": False,
+            "attention_bias": True,
+        },
         "not-normalised": {**_ROUTED, **_LATENT, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "num_mtp_layers": 0},
     },
     "deepseek_v2": {

@@ -46,7 +46,8 @@ class LatentAttention(RotatedAttention):
         assert latent is not None
         self.latent, heads = latent, config.num_attention_heads
         self.key_hidden_size = latent.plain + latent.rotated
-        self.q_layernorm = self.k_layernorm = None  # of heads: the stock forward pass looks for them
+        self.q_layernorm: nn.Module | None = None
+        self.k_layernorm = None  # of heads: the stock forward pass looks for one
         if latent.q_rank is None:
             self.linear_q_proj = self._linear(submodules.linear_q_proj, config.hidden_size, heads * self.key_hidden_size)
         else:
@@ -89,8 +90,9 @@ class LatentAttention(RotatedAttention):
         """All columns of a narrow layer, of the whole sequence, on every rank."""
         return gather_from_tensor_model_parallel_region(linear(hidden_states)[0], group=self.tp_group)
 
-    def _widened(self, linear: nn.Module, norm: nn.Module, narrow: Tensor) -> Tensor:
+    def _widened(self, linear: nn.Module, norm: nn.Module | None, narrow: Tensor) -> Tensor:
         """A narrow vector as this rank's heads; its norm is computed on a part of the sequence where the sequence is split."""
+        assert norm is not None
         if self.config.sequence_parallel:
             narrow = scatter_to_sequence_parallel_region(narrow, group=self.tp_group)
         return linear(norm(narrow))[0]
