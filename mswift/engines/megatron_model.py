@@ -282,6 +282,11 @@ class MegatronModel:
             spreads["etp"] = Spread(etp_group, here.etp, layout.expert_tp, replica=here.replica, num_replicas=layout.expert_replicas, **place)
         return ExportGroups(spreads)
 
+    def _exported_config(self) -> dict[str, Any]:
+        """The checkpoint's config.json; one that promises layers which were left out would have them made up at random."""
+        config = json.loads((self.settings.directory / CONFIG_FILE).read_text(encoding="utf8"))
+        return {**config, "num_nextn_predict_layers": 0} if self.description.further_layers and self.left_out else config
+
     def export_merged(
         self,
         directory: Path,
@@ -315,7 +320,7 @@ class MegatronModel:
             parameters,
             self.rules,
             directory,
-            config=json.loads((self.settings.directory / "config.json").read_text(encoding="utf8")),
+            config=self._exported_config(),
             groups=self._export_groups(),
             extra_files=self.tokenizer_files(),
             max_shard_size=max_shard_size,

@@ -50,6 +50,7 @@ SPECIAL = [
     ("qwen3_5_text/biases", SP2),
     ("qwen3_next/not-normalised-some-dense", (2, {"pp": 2, "vpp": 2})),
     ("deepseek_v3/halves-biases", SP2),
+    ("deepseek_v3/dense", TP2),
     ("deepseek_v3/no-narrow-queries", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
     ("qwen3_moe/not-normalised", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
 ]

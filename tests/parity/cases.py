@@ -153,6 +153,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "rope_interleave": False,
             "attention_bias": True,
         },
+        "dense": {**_ROUTED, **_LATENT, "num_attention_heads": 5, "num_key_value_heads": 5, "n_group": 4, "first_k_dense_replace": 4},
         "not-normalised": {**_ROUTED, **_LATENT, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "num_mtp_layers": 0},
     },
     "deepseek_v2": {

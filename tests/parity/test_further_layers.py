@@ -51,6 +51,7 @@ def test_they_are_left_out_and_it_is_said(case: str, tmp_path: Path) -> None:
     line = f"warning: {count} tensors of model are left out: layers that predict tokens further ahead (MTP); an export will not have them"
     assert line in told.err.splitlines()
     assert set(load_tensors(tmp_path / "merged")) == set(before)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert distance(logits_with(tmp_path / "merged", None, ids), expected) < 1e-4
     assert refused.code == 1
     assert f"{count} tensors (model.layers.4." in refused.err

@@ -38,7 +38,7 @@ CASES = (
     ("qwen3_next/dense-biases", "bfloat16"),
     ("qwen3_5_text/biases", "bfloat16"),
     ("deepseek_v3/plain", "float32"),
-    ("deepseek_v2/lite", "bfloat16"),
+    ("deepseek_v2/lite", "float32"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"tp1": (1, {}), "tp4": (4, {"tp": 4}), "tp2-pp2": (4, {"tp": 2, "pp": 2})}
