@@ -53,6 +53,6 @@ def test_they_are_left_out_and_it_is_said(case: str, tmp_path: Path) -> None:
     assert set(load_tensors(tmp_path / "merged")) == set(before)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert distance(logits_with(tmp_path / "merged", None, ids), expected) < 1e-4
-    assert refused.code == 1
+    assert refused.code == 2
     assert f"{count} tensors (model.layers.4." in refused.err
     assert "that no rule reads" in refused.err
