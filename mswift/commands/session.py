@@ -213,7 +213,7 @@ def load_model(session: Session, model: ModelSection, parallel: ParallelSection,
         deferred: leave reading weights to `MegatronModel.ensure`. transformer: further TransformerConfig fields.
     """
     from mswift.engines.megatron_model import BuildSettings, MegatronModel
-    from mswift.log import progress_bar
+    from mswift.log import get_logger, progress_bar
 
     settings = BuildSettings(
         directory=session.directory,
@@ -225,4 +225,7 @@ def load_model(session: Session, model: ModelSection, parallel: ParallelSection,
         transformer=transformer,
     )
     with progress_bar("loading the model") as progress:
-        return MegatronModel(settings, session.groups, session.runtime, progress=progress)
+        loaded = MegatronModel(settings, session.groups, session.runtime, progress=progress)
+    for what, count in loaded.left_out.items():
+        get_logger(__name__).warning("%d tensors of %s are left out: %s; an export will not have them", count, session.directory, what)
+    return loaded

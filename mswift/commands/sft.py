@@ -167,7 +167,7 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
                 alpha=tuner.lora_alpha,
                 dropout=tuner.lora_dropout,
                 use_rslora=tuner.use_rslora,
-                targets=resolve_targets(tuner.target_modules),
+                targets=resolve_targets(tuner.target_modules, model.linear_names),
                 seed=train.seed,
             )
         )

@@ -52,10 +52,14 @@ class _Task:
 
 
 class LoadPlan:
-    """What is read from where into this rank's parameters: checked as a whole, then done at once or parameter by parameter. See `plan_load`."""
+    """What is read from where into this rank's parameters: checked as a whole, then done at once or parameter by parameter. See `plan_load`.
 
-    def __init__(self, tasks: list[_Task], reader: TensorReader) -> None:
-        self._tasks, self._reader = tasks, reader
+    Args:
+        left_out: how many tensors of the whole checkpoint are dropped although something is lost, by what they are.
+    """
+
+    def __init__(self, tasks: list[_Task], reader: TensorReader, left_out: dict[str, int]) -> None:
+        self._tasks, self._reader, self.left_out = tasks, reader, left_out
         self._waiting = {task.parameter.tensor.untyped_storage().data_ptr(): task for task in tasks if task.parameter.tensor.numel()}
         self.total, self.done = sum(task.nbytes(reader) for task in tasks), 0
 
@@ -74,7 +78,8 @@ class LoadPlan:
             if progress is not None:
                 progress(self.done, self.total)
         casts = [cast for task in self._tasks for cast in task.casts]
-        return LoadReport(len(self._tasks), self.done, time.perf_counter() - begun, {cast: casts.count(cast) for cast in sorted(set(casts))})
+        counts = {cast: casts.count(cast) for cast in sorted(set(casts))}
+        return LoadReport(len(self._tasks), self.done, time.perf_counter() - begun, counts)
 
 
 def load_weights(
@@ -111,7 +116,8 @@ def plan_load(
     tasks = _plan(local, rules_by_target(rules), reader)
     for drop in drops_of(rules):
         _check_equal(drop, tasks, reader)
-    return LoadPlan(tasks, reader)
+    told = {drop.reason: sum(map(drop.matches, reader.names)) for drop in drops_of(rules) if drop.told}
+    return LoadPlan(tasks, reader, {reason: count for reason, count in told.items() if count})
 
 
 def all_names(parameters: Iterable[LocalParameter]) -> set[str]:

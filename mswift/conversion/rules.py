@@ -297,11 +297,13 @@ class Drop:
         pattern: regular expression that a whole HF name matches.
         reason: why nothing is lost, for the reader of the rules.
         equals: an HF tensor that a dropped one must equal bit for bit, as the head of a tied model its embedding.
+        told: something is lost after all: whoever loads is told how many tensors, and the reason, which then says what they are.
     """
 
     pattern: str
     reason: str
     equals: str | None = None
+    told: bool = False
 
     def matches(self, name: str) -> bool:
         return re.fullmatch(self.pattern, name) is not None

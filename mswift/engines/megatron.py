@@ -51,7 +51,8 @@ class MegatronEngine:
     def __init__(self, model: MegatronModel, optimizer: OptimizerSettings, *, seed: int, source: str) -> None:
         self.model, self.groups, self.seed, self.source = model, model.groups, seed, source
         self.config, self.device = model.config, model.runtime.device
-        if self.config.num_moe_experts and self.groups.layout.tp > 1 and not self.config.sequence_parallel:
+        mixture = any(model.description.is_mixture(layer) for layer in range(self.config.num_layers))
+        if mixture and self.groups.layout.tp > 1 and not self.config.sequence_parallel:
             raise ConfigError("a mixture of experts over several tensor-parallel ranks is trained with split sequences: add --sequence_parallel true")
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
         if model.lora is not None and self.config.recompute_granularity == "full":

@@ -120,6 +120,16 @@ class MegatronModel:
         heads = real * self.description.heads_per_group
         return f"{heads} attention heads padded to {self.config.num_attention_heads} for tp{self.groups.layout.tp}; zeros, exact, cut off on export"
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many tensors of the checkpoint this model has no place for, by what they are."""
+        return {} if self._plan is None else self._plan.left_out
+
+    @property
+    def linear_names(self) -> set[str]:
+        """Those of `ALL_LINEAR` that this model has, over all pipeline stages."""
+        return {target.split(".")[-2] for target in rules_by_target(self.rules)} & set(ALL_LINEAR)
+
     def _local_parameters(self) -> list[LocalParameter]:
         found = (entry for chunk in self.chunks for entry in base_parameters(chunk, self.groups))
         return [LocalParameter(name, parameter.data, shard) for name, parameter, shard in found]
@@ -272,6 +282,11 @@ class MegatronModel:
             spreads["etp"] = Spread(etp_group, here.etp, layout.expert_tp, replica=here.replica, num_replicas=layout.expert_replicas, **place)
         return ExportGroups(spreads)
 
+    def _exported_config(self) -> dict[str, Any]:
+        """The checkpoint's config.json; one that promises layers which were left out would have them made up at random."""
+        config = json.loads((self.settings.directory / CONFIG_FILE).read_text(encoding="utf8"))
+        return {**config, "num_nextn_predict_layers": 0} if self.description.further_layers and self.left_out else config
+
     def export_merged(
         self,
         directory: Path,
@@ -305,7 +320,7 @@ class MegatronModel:
             parameters,
             self.rules,
             directory,
-            config=json.loads((self.settings.directory / "config.json").read_text(encoding="utf8")),
+            config=self._exported_config(),
             groups=self._export_groups(),
             extra_files=self.tokenizer_files(),
             max_shard_size=max_shard_size,

@@ -66,6 +66,46 @@ class Rotation:
         return length if self.continuous else self.limit
 
 
+@dataclass(frozen=True, slots=True)
+class LatentStyle:
+    """Multi-head latent attention: queries, and keys with values, pass through a narrow layer and a norm of its own before they become heads.
+
+    Args:
+        q_rank, kv_rank: width of the narrow layers; `q_rank` None: queries come straight from the hidden states.
+        plain, rotated: columns of a head of queries and keys without and with a rotation; all heads share the rotated columns of the keys.
+        values: columns of a head of values. bias: the narrow layers have one. epsilon: of their norms, which do not heed the config's.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    plain: int
+    rotated: int
+    values: int
+    bias: bool = False
+    epsilon: float = 1e-6
+
+    @property
+    def narrow(self) -> tuple[int, ...]:
+        """Columns of the narrow layers, which tensor-parallel ranks share."""
+        keys = self.kv_rank + self.rotated
+        return (keys,) if self.q_rank is None else (self.q_rank, keys)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChoice:
+    """How a router chooses experts and weighs them, where megatron-core's own has no exact form for it.
+
+    Args:
+        groups, chosen_groups: experts are equal groups in order, and only those of the best groups can be chosen.
+        judged_by: a group's worth is the sum of so many of its best scores. normalised: the weights of the chosen experts sum to 1.
+    """
+
+    groups: int = 1
+    chosen_groups: int = 1
+    judged_by: int = 1
+    normalised: bool = True
+
+
 @dataclass(frozen=True)
 class AttentionStyle:
     """What a family's attention does that megatron-core's configuration does not say.
@@ -73,17 +113,23 @@ class AttentionStyle:
     Args:
         rotations: the kinds in use. rotation_of_layer: for every layer an index into them; None: no rotary positions there.
         interleaved: pairs of neighbouring columns are rotated rather than halves.
-        head_norm: of queries and keys: None, ``shared`` (one weight for all heads), ``own`` (a weight for each head) or ``full`` (over all heads).
+        head_norm: of queries and keys: None, ``shared`` (one weight for all heads), ``own`` (a weight for each head), ``full`` (over all heads)
+            or ``rotated`` (of each head without a weight, behind the rotation, in layers that have one).
         norm: kind of that norm. softcap: limit on the scores, by tanh. query_factor: positions int64 -> factors on the queries.
+        factor_of_layer: in which layers; None: in all. chunk_of_layer: a query sees its own chunk of so many tokens (None: all) in every layer.
+        latent: sizes of multi-head latent attention; None: plain heads.
     """
 
     rotations: tuple[Rotation, ...]
     rotation_of_layer: tuple[int | None, ...]
     interleaved: bool = False
-    head_norm: Literal["shared", "own", "full"] | None = None
+    head_norm: Literal["shared", "own", "full", "rotated"] | None = None
     norm: NormStyle = NormStyle()
     softcap: float | None = None
     query_factor: Callable[[torch.Tensor], torch.Tensor] | None = None
+    factor_of_layer: tuple[bool, ...] | None = None
+    chunk_of_layer: tuple[int | None, ...] | None = None
+    latent: LatentStyle | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +143,8 @@ class MegatronDescription:
         norm: before the sublayers and at the end. pre_norms, post_norms: whether sublayers have a norm on their input, on their output.
         parallel: attention and MLP read the same input and are added together. residual_scale: factor on each sublayer's output.
         embedding_scale: factor on the embedding. logit_scale, logit_softcap: factor on the logits, then their limit by tanh.
+        choice: how experts are chosen; None: as megatron-core's router does. further_layers: layers behind the last one that predict tokens
+            further ahead; they are not loaded, as transformers does not load them.
     """
 
     transformer: dict[str, Any]
@@ -114,6 +162,8 @@ class MegatronDescription:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    choice: ExpertChoice | None = None
+    further_layers: int = 0
 
     def is_mixture(self, layer: int) -> bool:
         """Whether a layer, counted from 0, is a mixture of experts."""
@@ -151,12 +201,14 @@ class ModelFamily:
         name: short name, such as ``qwen2``. architectures: values of ``architectures`` in config.json.
         describe: Hugging Face config -> megatron description; raises ModelError for what it cannot express exactly.
         rules: (Hugging Face config, padding of the layout) -> one rule for every tensor.
+        model_types: pairs of a ``model_type`` that transformers does not know and the one whose config class reads such a config.json.
     """
 
     name: str
     architectures: tuple[str, ...]
     describe: Callable[[HfConfig], MegatronDescription]
     rules: Callable[[HfConfig, Padding], tuple[AnyRule, ...]]
+    model_types: tuple[tuple[str, str], ...] = ()
 
 
 _FAMILIES: dict[str, ModelFamily] = {}

@@ -10,6 +10,7 @@ from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, Padded
 from mswift.errors import ModelError
 from mswift.families.base import AttentionStyle, HfConfig, MegatronDescription, ModelFamily, NormStyle, Padding, register
 from mswift.families.delta_nets import delta_rules
+from mswift.families.latent import latent_rules
 from mswift.families.mixtures import ExpertNames, expert_rules
 from mswift.families.rotations import rotation
 
@@ -145,12 +146,17 @@ def describe_decoder(
         tied=bool(hf.tie_word_embeddings),
         attention=attention or rotations(hf),
         norm=norm or NormStyle(),
+        further_layers=field_of(hf, "num_nextn_predict_layers", default=0),
         **rest,
     )
 
 
 def decoder_family(
-    name: str, architectures: tuple[str, ...], describe: Callable[[HfConfig], MegatronDescription], names: TensorNames | None = None
+    name: str,
+    architectures: tuple[str, ...],
+    describe: Callable[[HfConfig], MegatronDescription],
+    names: TensorNames | None = None,
+    model_types: tuple[tuple[str, str], ...] = (),
 ) -> ModelFamily:
     """Register a family whose rules follow from its description and its names."""
     known = names or TensorNames()
@@ -158,7 +164,7 @@ def decoder_family(
     def rules(hf: HfConfig, padding: Padding) -> tuple[AnyRule, ...]:
         return decoder_rules(describe(hf), padding, known)
 
-    return register(ModelFamily(name, architectures, describe, rules))
+    return register(ModelFamily(name, architectures, describe, rules, model_types))
 
 
 def decoder_rules(description: MegatronDescription, padding: Padding, names: TensorNames) -> tuple[AnyRule, ...]:
@@ -174,6 +180,10 @@ def decoder_rules(description: MegatronDescription, padding: Padding, names: Ten
         rules.append(Drop(r"lm_head\.weight", "tied to the embedding", equals="model.embed_tokens.weight"))
     else:
         rules.append(PaddedRows("output_layer.weight", "lm_head.weight", description.vocab_size, padding.vocab))
+    if description.further_layers:
+        first = description.transformer["num_layers"]
+        numbers = "|".join(str(first + index) for index in range(description.further_layers))
+        rules.append(Drop(rf"model\.layers\.({numbers})\..*", "layers that predict tokens further ahead (MTP)", told=True))
     for layer in range(description.transformer["num_layers"]):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for mine, its in names.norms.items():
@@ -196,6 +206,8 @@ def _norm(ours: str, theirs: str, description: MegatronDescription) -> list[Rule
 
 def _attention(ours: str, theirs: str, description: MegatronDescription, padding: Padding, names: TensorNames) -> list[Rule]:
     fields = description.transformer
+    if description.attention.latent is not None:
+        return latent_rules(ours, f"{theirs}self_attn.", description, padding)
     heads, groups, head_dim = fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"]
 
     def qkv(kind: str) -> Rule:
@@ -210,7 +222,7 @@ def _attention(ours: str, theirs: str, description: MegatronDescription, padding
     if description.output_bias:
         rules.append(Rename(f"{ours}linear_proj.bias", f"{theirs}{names.output}.bias"))
     style = description.attention.head_norm
-    if style is not None:
+    if style not in (None, "rotated"):
         unit = head_dim if style == "full" else 1
         for letter, count, padded in (("q", heads, padding.groups * (heads // groups)), ("k", groups, padding.groups)):
             target, source = f"{ours}{letter}_layernorm.weight", f"{theirs}self_attn.{letter}_norm.weight"

@@ -16,7 +16,7 @@ _OF_NO_EFFECT = frozenset(
         *("dtype", "torch_dtype", "initializer_range", "init_std", "pretraining_tp", "unsloth_fixed", "is_decoder", "is_encoder_decoder"),
         *("output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing", "problem_type", "task_specific_params"),
         *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences"),
-        *("chunk_size_feed_forward", "transformers.js_config", "finetuning_task", "quantization_config"),
+        *("chunk_size_feed_forward", "transformers.js_config", "finetuning_task", "quantization_config", "aux_loss_alpha", "seq_aux", "ep_size"),
         *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     ]
 )

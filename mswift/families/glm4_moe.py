@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from mswift.families.base import HfConfig, MegatronDescription
 from mswift.families.common import TensorNames, decoder_family, describe_decoder, rotations
-from mswift.families.mixtures import ExpertNames, deepseek_mixture
+from mswift.families.mixtures import ExpertNames, deepseek_choice, deepseek_mixture
 
 
 def describe(hf: HfConfig) -> MegatronDescription:
     attention = rotations(hf, head_norm="shared" if hf.use_qk_norm else None)
-    return describe_decoder(hf, attention=attention, transformer={**deepseek_mixture(hf), "add_qkv_bias": bool(hf.attention_bias)})
+    transformer = {**deepseek_mixture(hf), "add_qkv_bias": bool(hf.attention_bias)}
+    return describe_decoder(hf, attention=attention, transformer=transformer, choice=deepseek_choice(hf))
 
 
 GLM4_MOE = decoder_family("glm4_moe", ("Glm4MoeForCausalLM",), describe, TensorNames(experts=ExpertNames(shared="mlp.shared_experts")))

@@ -9,7 +9,7 @@ from mswift.families.mixtures import ExpertNames, mixture_fields, sigmoid_router
 
 def describe(hf: HfConfig) -> MegatronDescription:
     mixture = mixture_fields(hf, experts=hf.num_local_experts, topk=hf.num_experts_per_tok, ffn_size=hf.intermediate_size)
-    return describe_decoder(hf, attention=rotations(hf, head_norm="full"), transformer={**mixture, **sigmoid_router(hf)})
+    return describe_decoder(hf, attention=rotations(hf, head_norm="full"), transformer={**mixture, **sigmoid_router()})
 
 
 EXPERTS = ExpertNames(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mswift.conversion.rules import FusedGateUp, Rename, Rule
 from mswift.errors import ModelError
-from mswift.families.base import HfConfig, MegatronDescription
+from mswift.families.base import ExpertChoice, HfConfig, MegatronDescription
 
 
 @dataclass(frozen=True)
@@ -75,39 +76,73 @@ def sparse_layers(hf: HfConfig) -> list[int]:
     return [int(layer not in dense and (layer + 1) % hf.decoder_sparse_step == 0) for layer in range(hf.num_hidden_layers)]
 
 
-def sigmoid_router(hf: HfConfig, *, groups: int = 1, chosen_groups: int = 1, normalised: bool = True, factor: float = 1.0) -> dict[str, Any]:
+def sigmoid_router(factor: float = 1.0) -> dict[str, Any]:
     """TransformerConfig fields of a router whose scores are sigmoids, with a bias for the choice alone (DeepSeek-V3).
 
     Args:
-        groups, chosen_groups: experts are chosen from the best groups, each judged by its two best experts. factor: on the weights.
-
-    Raises:
-        ModelError: weights that are not normalised, or groups that megatron-core would judge by another number of experts.
+        factor: on the weights.
     """
-    topk = hf.num_experts_per_tok
-    if not normalised and topk > 1:
-        raise ModelError(f"norm_topk_prob is false with a sigmoid router in {hf.model_type}: megatron-core always normalises; this is not supported")
-    fields = {
+    return {
         "moe_router_score_function": "sigmoid",
         "moe_router_pre_softmax": False,
         "moe_router_enable_expert_bias": True,
         "moe_router_bias_update_rate": 0.0,
         "moe_router_topk_scaling_factor": float(factor),
     }
-    if groups == 1:
-        return fields
-    if topk % chosen_groups or topk // chosen_groups != 2:
+
+
+def grouped_choice(hf: HfConfig, judged_by: int, normalised: bool) -> ExpertChoice:
+    """The choice of experts by ``n_group`` and ``topk_group``.
+
+    Raises:
+        ModelError: the experts are no such groups, or the chosen groups hold fewer experts than are wanted.
+    """
+    experts, wanted, groups = hf.n_routed_experts, hf.num_experts_per_tok, hf.n_group or 1
+    choice = ExpertChoice(groups, hf.topk_group or groups, judged_by, normalised)
+    if experts % groups or (groups > 1 and experts // groups < judged_by) or choice.chosen_groups * (experts // groups) < wanted:
         raise ModelError(
-            f"num_experts_per_tok {topk} over topk_group {chosen_groups}: a group would be judged by {topk / chosen_groups:g} experts "
-            "and not by two; this is not supported"
+            f"{experts} routed experts in n_group {groups}, of which topk_group {choice.chosen_groups} with num_experts_per_tok {wanted}: "
+            f"wanted equal groups of at least {judged_by} and enough experts in the chosen ones; mend config.json"
         )
-    return {**fields, "moe_router_num_groups": groups, "moe_router_group_topk": chosen_groups}
+    return choice
 
 
 def deepseek_mixture(hf: HfConfig) -> dict[str, Any]:
-    """The mixture of DeepSeek-V3 and of those that took it over: dense layers first, then sigmoid routers and an expert of all tokens."""
+    """The mixture of DeepSeek-V3 and of those that took it over: dense layers first, then sigmoid routers and an expert of all tokens.
+
+    Returns:
+        TransformerConfig fields.
+
+    Raises:
+        ModelError: a router of another kind.
+    """
+    said = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+    check_fields(hf, said)
+    return {**deepseek_sizes(hf), **sigmoid_router(hf.routed_scaling_factor)}
+
+
+def deepseek_choice(hf: HfConfig) -> ExpertChoice | None:
+    """The choice of DeepSeek-V3: a group is judged by its two best experts. None where megatron-core's router does the same."""
+    normalised, several = bool(hf.norm_topk_prob), hf.num_experts_per_tok > 1
+    choice = grouped_choice(hf, 2, normalised)
+    return None if choice.groups == 1 and normalised == several else choice
+
+
+def deepseek_sizes(hf: HfConfig) -> dict[str, Any]:
+    """TransformerConfig fields of dense layers first, then mixtures with an expert of all tokens; the router is a plain softmax."""
     layers = [int(layer >= hf.first_k_dense_replace) for layer in range(hf.num_hidden_layers)]
     sizes = {"experts": hf.n_routed_experts, "topk": hf.num_experts_per_tok, "ffn_size": hf.moe_intermediate_size}
-    choice = {"groups": hf.n_group, "chosen_groups": hf.topk_group, "normalised": bool(hf.norm_topk_prob), "factor": hf.routed_scaling_factor}
     shared = {"moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts}
-    return {**mixture_fields(hf, **sizes, layers=layers), **sigmoid_router(hf, **choice), **shared}
+    return {**mixture_fields(hf, **sizes, layers=layers, normalised=False), **shared}
+
+
+def check_fields(hf: HfConfig, wanted: Mapping[str, Any]) -> None:
+    """Refuse a config in which one of these fields is there and is another.
+
+    Raises:
+        ModelError: with the field, what it is and what it should be.
+    """
+    for name, value in wanted.items():
+        given = getattr(hf, name, None)
+        if given is not None and given != value:
+            raise ModelError(f"{name} is {given!r} in this {hf.model_type} config, wanted {value!r}; this variant is not supported")

@@ -31,6 +31,8 @@ from mswift.families.modules import (
     CausalLM,
     DecoderAttention,
     DeltaNet,
+    GroupedRouter,
+    LatentAttention,
     Norm,
     ParallelBlock,
     RotaryTables,
@@ -46,12 +48,15 @@ def read_hf_config(directory: Path, *, trust_remote_code: bool = False) -> HfCon
     Raises:
         ModelError: config.json is unreadable, or the architecture is not supported.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = directory / CONFIG_FILE
     raw = read_json(path)
-    find_family(raw.get("architectures"), str(directory))
+    family = find_family(raw.get("architectures"), str(directory))
+    known = dict(family.model_types).get(raw.get("model_type", ""))
     try:
+        if known is not None:
+            return CONFIG_MAPPING[known].from_dict(raw)
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # each config class checks its fields in its own way
         raise ModelError(f"{path} is not a valid {raw.get('model_type')} config: {one_line(error)}; mend it, or download it again") from error
@@ -68,8 +73,9 @@ def transformer_config(
     layout = groups.layout
     fields = description.transformer
     experts = {"num_experts": fields.get("num_moe_experts", 0), "expert_size": fields.get("moe_ffn_hidden_size", 0)}
-    key_heads = fields.get("linear_num_key_heads", 0)
-    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"], key_heads_of_delta_nets=key_heads, **experts)
+    latent = description.attention.latent
+    widths = {"key_heads_of_delta_nets": fields.get("linear_num_key_heads", 0), "narrow": () if latent is None else latent.narrow}
+    layout.check_model(num_layers=fields["num_layers"], ffn_size=fields["ffn_hidden_size"], **widths, **experts)
     groups_of_queries = description.padding(layout.tp).groups
     settings = {
         **runtime.transformer_settings(pp=layout.pp, vpp=layout.vpp),
@@ -99,8 +105,11 @@ def transformer_config(
 def _layer_spec(config: TransformerConfig, description: MegatronDescription, layer: int) -> ModuleSpec:
     """megatron's own local spec with our norms, attention and, where the family has them, biased linears and its own way to add up a block."""
     experts = config.num_moe_experts if description.is_mixture(layer) else None
-    spec = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, qk_layernorm=False, normalization="RMSNorm")
+    latent = description.attention.latent is not None
+    spec = get_gpt_layer_local_spec(experts, moe_grouped_gemm=False, qk_layernorm=False, multi_latent_attention=latent, normalization="RMSNorm")
     block = spec.submodules
+    if experts and description.choice is not None:
+        block.mlp.submodules.router = functools.partial(GroupedRouter, choice=description.choice)
     norm = ModuleSpec(module=Norm, params={"style": description.norm})
     block.input_layernorm = norm if description.pre_norms else IdentityOp
     block.pre_mlp_layernorm = norm if description.pre_norms and not description.parallel else IdentityOp
@@ -121,11 +130,16 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
 
 def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> None:
     style = description.attention
-    spec.module = DecoderAttention
-    spec.params = {**spec.params, "style": style, "real_groups": description.transformer["num_query_groups"]}
-    spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap)
-    head_norm = ModuleSpec(module=Norm, params={"style": style.norm}) if style.head_norm == "shared" else None
-    spec.submodules.q_layernorm = spec.submodules.k_layernorm = head_norm
+    spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap, chunk_of_layer=style.chunk_of_layer)
+    spec.params = {**spec.params, "style": style}
+    if style.latent is not None:
+        spec.module = LatentAttention
+        spec.submodules.q_layernorm = spec.submodules.kv_layernorm = ModuleSpec(module=Norm, params={"style": style.norm})
+    else:
+        spec.module = DecoderAttention
+        spec.params["real_groups"] = description.transformer["num_query_groups"]
+        head_norm = ModuleSpec(module=Norm, params={"style": style.norm}) if style.head_norm == "shared" else None
+        spec.submodules.q_layernorm = spec.submodules.k_layernorm = head_norm
     if description.output_bias:
         spec.submodules.linear_proj = BiasedRowParallelLinear
 

@@ -116,17 +116,25 @@ class ParallelLayout:
         return coords.tp + self.tp * (coords.cp + self.cp * (coords.dp + self.dp * coords.pp))
 
     def check_model(
-        self, *, num_layers: int, ffn_size: int, num_experts: int | None = None, expert_size: int = 0, key_heads_of_delta_nets: int = 0
+        self,
+        *,
+        num_layers: int,
+        ffn_size: int,
+        num_experts: int | None = None,
+        expert_size: int = 0,
+        key_heads_of_delta_nets: int = 0,
+        narrow: tuple[int, ...] = (),
     ) -> None:
         """Refuse a model that this layout cannot split evenly; every factor is printed. (Attention heads and vocabulary are padded, exactly.)
 
         Args:
             ffn_size: MLP width. num_experts: of a layer, 0 for none, None where that is not known yet. expert_size: MLP width of one.
+            narrow: widths of the narrow layers of latent attention.
 
         Raises:
-            LayoutError: the MLP or the delta nets do not divide by tp, layers by pp x vpp, experts by ep, or an expert by etp.
+            LayoutError: the MLP, the delta nets or a narrow layer do not divide by tp, layers by pp x vpp, experts by ep, or an expert by etp.
         """
-        faults = []
+        faults = [f"narrow layer of {width} columns by tp({self.tp})" for width in narrow if width % self.tp]
         if ffn_size % self.tp:
             faults.append(f"MLP width {ffn_size} by tp({self.tp})")
         if num_experts is not None and (num_experts % self.ep or (self.ep > 1 and not num_experts)):

@@ -7,7 +7,7 @@ converters treat them as they treat any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,12 +27,20 @@ from mswift.errors import ConfigError
 from mswift.families.modules.layers import BlockedColumnParallelLinear, split_blocks
 from mswift.kernels.lora_linear import lora_linear
 
-ALL_LINEAR = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2")
+ALL_LINEAR = (
+    *("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj"),
+    *("linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"),
+)
 """Module names that ``all-linear`` stands for: every linear layer of a block; the embedding, the head and routed experts stay as they are."""
 ROUTED = ".experts."
 """In the name of every module of a routed expert."""
 
 HF_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "linear_q_proj": (("q_proj",),),
+    "linear_q_down_proj": (("q_a_proj",),),
+    "linear_q_up_proj": (("q_b_proj",),),
+    "linear_kv_down_proj": (("kv_a_proj_with_mqa",),),
+    "linear_kv_up_proj": (("kv_b_proj",),),
     "linear_qkv": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
     "linear_proj": (("o_proj",),),
     "in_proj": (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
@@ -59,21 +67,25 @@ class LoraSettings:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def resolve_targets(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
+def resolve_targets(names: list[str] | tuple[str, ...], own: Collection[str]) -> tuple[str, ...]:
     """Megatron module names for ``all-linear``, Hugging Face names (``q_proj``) or megatron names (``linear_qkv``).
+
+    Args:
+        own: those of `ALL_LINEAR` that the model has.
 
     Raises:
         ConfigError: an unknown name, or a part of a fused layer without the other parts.
     """
     wanted = set(names)
+    known_here = tuple(target for target in ALL_LINEAR if target in own)
     if wanted == {"all-linear"}:
-        return ALL_LINEAR
-    fused = {part: (target, set(parts)) for target, forms in HF_PARTS.items() for parts in forms for part in parts}
+        return known_here
+    fused = {part: (target, set(parts)) for target in known_here for parts in HF_PARTS[target] for part in parts}
     found: set[str] = set()
     for name in wanted:
         target, parts = fused.get(name, (name, {name}))
-        if target not in ALL_LINEAR:
-            known = ", ".join(["all-linear", *fused, *ALL_LINEAR])
+        if target not in known_here:
+            known = ", ".join(["all-linear", *fused, *known_here])
             raise ConfigError(f"--target_modules: got {name!r}, wanted one of {known}")
         found.add(target)
         missing = parts - wanted
@@ -82,7 +94,7 @@ def resolve_targets(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
                 f"--target_modules: {', '.join(sorted(wanted & parts))} is one layer with {', '.join(sorted(missing))} on the Megatron engine; "
                 "name all of them"
             )
-    return tuple(target for target in ALL_LINEAR if target in found)
+    return tuple(target for target in known_here if target in found)
 
 
 class LoraLinear(nn.Module):

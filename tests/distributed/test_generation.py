@@ -103,3 +103,11 @@ def test_an_adapter_answers_alike_on_two_ranks(checkpoint: Path, expected: list[
     ranks = run_distributed(answers, 2, checkpoint, {"tp": 2}, True, timeout=120)
     assert ranks == [alone, alone]
     assert alone != expected
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3/plain"])
+def test_latent_attention_and_chunks_answer_alike_on_two_ranks(case: str, tmp_path: Path) -> None:
+    kind, changes = options_of(case)
+    directory = make_checkpoint(tmp_path / "model", kind, **changes)
+    alone = run_distributed(answers, 1, directory, {}, True)[0]
+    assert run_distributed(answers, 2, directory, {"tp": 2}, True, timeout=120) == [alone, alone]

@@ -19,6 +19,17 @@ _ROUTED = {
     "norm_topk_prob": True,
 }
 _FOUR_KEY_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+_LATENT = {
+    "head_dim": 10,
+    "rms_norm_eps": 0.2,  # the narrow layers' norms do not heed it
+    "num_key_value_heads": 6,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 22,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 18,
+}
+_STRETCHED = {**_YARN, "original_max_position_embeddings": 64, "mscale": 1.3, "mscale_all_dim": 0.8}
 _NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 _LONGROPE = {
     "rope_type": "longrope",
@@ -128,6 +139,34 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "glm4_moe": {
         "plain": {**_ROUTED, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4},
         "one-group": {**_ROUTED, "n_group": 1, "topk_group": 1, "use_qk_norm": True, "attention_bias": True},
+    },
+    "deepseek_v3": {
+        "plain": {**_ROUTED, **_LATENT, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "rope_parameters": _STRETCHED},
+        "no-narrow-queries": {**_ROUTED, **_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+        "halves-biases": {
+            **_ROUTED,
+            **_LATENT,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "n_group": 4,
+            "topk_group": 3,
+            "rope_interleave": False,
+            "attention_bias": True,
+        },
+        "dense": {**_ROUTED, **_LATENT, "num_attention_heads": 5, "num_key_value_heads": 5, "n_group": 4, "first_k_dense_replace": 4},
+        "not-normalised": {**_ROUTED, **_LATENT, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "num_mtp_layers": 0},
+    },
+    "deepseek_v2": {
+        "plain": {
+            **_ROUTED,
+            **_LATENT,
+            "norm_topk_prob": False,
+            "rope_parameters": _STRETCHED,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+        },
+        "lite": {**_ROUTED, **_LATENT, "norm_topk_prob": False, "q_lora_rank": None, "attention_bias": True},
     },
     "dots1": {"plain": {**_ROUTED, "sliding_window": 6, "layer_types": _MIXED, "n_group": 1}},
     "minimax_m2": {

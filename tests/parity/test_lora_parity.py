@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run
+from tests.parity.cases import options_of
 from tests.parity.ranks import Trained, adapter_logits, first_step, train_lora
 from tests.parity.reference import distance, labelled_rows, load_peft, load_tensors, logits_with
 from tests.tiny import make_checkpoint, make_peft_adapter, write_rows
@@ -20,7 +21,9 @@ LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 44}
 MIXTURE = {**EXPERTS, "mlp_only_layers": [1]}
 MIXTURE_OF_NEXT = {**EXPERTS, "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
+# without the MLP: where transformers 5 holds experts in one tensor, peft takes gate_proj, up_proj and down_proj for names of routed experts alone
 MIXERS = ("linear_qkv", "linear_proj", "in_proj", "out_proj")
+LATENT = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 # three groups of heads and a base without and with biases: TP2 pads the heads; the fourth has one group for two ranks
 TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "llama-tp1": ("llama", {}, 1, {"lora": LORA}),
@@ -38,8 +41,9 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "gemma2-tp2-limits": ("gemma2", {"sliding_window": 6, "final_logit_softcapping": 9.0}, 2, {"tp": 2, "lora": LORA}),
     "qwen2-moe-tp2": ("qwen2_moe", MIXTURE, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
     "qwen3.5-moe-tp2": ("qwen3_5_moe_text", MIXTURE_OF_NEXT, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
-    # peft 0.20 takes gate_proj, up_proj and down_proj of this model for those of its routed experts, wherever they are
     "qwen3-next-pp2": ("qwen3_next", MIXTURE_OF_NEXT, 2, {"pp": 2, "lora": {**LORA, "targets": MIXERS}}),
+    "deepseek-v3-tp2": (*options_of("deepseek_v3/plain"), 2, {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": LATENT}}),
+    "deepseek-v2-pp2-lite": (*options_of("deepseek_v2/lite"), 2, {"pp": 2, "lora": {**LORA, "targets": LATENT}}),
     "cohere-tp2-parallel": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}, 2, {"tp": 2, "lora": LORA}),
 }
 

@@ -79,6 +79,10 @@ def attention(**changes: Any) -> Change:
     return lambda description: replace(description, attention=replace(description.attention, **changes))
 
 
+def choice(**changes: Any) -> Change:
+    return lambda description: replace(description, choice=replace(description.choice, **changes))
+
+
 def wider_window(description: Any) -> Any:
     width, _ = description.transformer["window_size"]
     return replace(description, transformer={**description.transformer, "window_size": (width + 1, 0)})
@@ -112,6 +116,17 @@ DESCRIPTIONS: dict[str, tuple[str, Change]] = {
         "qwen3_next/dense-biases",
         lambda d: attention(norm=replace(d.attention.norm, zero_centred=False))(d),
     ),
+    "halves in place of pairs in latent attention": ("deepseek_v3/plain", attention(interleaved=False)),
+    "pairs in place of halves in latent attention": ("deepseek_v3/halves-biases", attention(interleaved=True)),
+    "a scale of the scores that does not grow with the rotation": ("deepseek_v3/plain", another_scale),
+    "the config's epsilon in narrow norms": (
+        "deepseek_v3/plain",
+        lambda d: attention(latent=replace(d.attention.latent, epsilon=d.transformer["layernorm_epsilon"]))(d),
+    ),
+    "a group judged by its best expert": ("deepseek_v3/plain", choice(judged_by=1)),
+    "a group judged by its two best experts": ("deepseek_v2/plain", choice(judged_by=2)),
+    "weights of experts normalised": ("deepseek_v3/not-normalised", choice(normalised=True)),
+    "experts chosen from all groups": ("deepseek_v3/plain", choice(groups=1)),
     "no growth of the queries": ("ministral3/plain", attention(query_factor=None)),
 }
 RULES: dict[str, tuple[str, Change]] = {

@@ -37,13 +37,15 @@ CASES = (
     ("qwen3_next/not-normalised-some-dense", "float32"),
     ("qwen3_next/dense-biases", "bfloat16"),
     ("qwen3_5_text/biases", "bfloat16"),
+    ("deepseek_v3/plain", "float32"),
+    ("deepseek_v2/lite", "float32"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"tp1": (1, {}), "tp4": (4, {"tp": 4}), "tp2-pp2": (4, {"tp": 2, "pp": 2})}
 AS_THEY_ARE = {
     "tp1": {case for case, _ in CASES},
     "tp4": {"qwen2/two-groups"},
-    "tp2-pp2": {"llama/one-group", "phi3/one-group", "qwen2/two-groups"},
+    "tp2-pp2": {"llama/one-group", "phi3/one-group", "qwen2/two-groups", "deepseek_v3/plain", "deepseek_v2/lite"},
 }
 """Cases whose heads the ranks can share without padding."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from mswift.families.modules.attention import DecoderAttention, SdpaAttention
 from mswift.families.modules.causal_lm import CausalLM
 from mswift.families.modules.delta_net import DeltaNet
+from mswift.families.modules.latent import LatentAttention
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.rotary import RotaryTables
+from mswift.families.modules.routers import GroupedRouter
 
 __all__ = [
     "AddToResidual",
@@ -16,7 +18,9 @@ __all__ = [
     "CausalLM",
     "DecoderAttention",
     "DeltaNet",
+    "GroupedRouter",
     "HeadNorm",
+    "LatentAttention",
     "Norm",
     "ParallelBlock",
     "RotaryTables",

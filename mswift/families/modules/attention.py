@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -32,6 +32,7 @@ class SdpaAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
         softcap: float | None = None,
+        chunk_of_layer: tuple[int | None, ...] | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -41,6 +42,7 @@ class SdpaAttention(MegatronModule):
         self.scale = softmax_scale or config.softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window, self.softcap = _window_of_layer(config, layer_number), softcap
+        self.chunk = None if chunk_of_layer is None else chunk_of_layer[layer_number - 1]
 
     def forward(
         self,
@@ -56,7 +58,8 @@ class SdpaAttention(MegatronModule):
 
         Args:
             query: ``[sq, b, heads, dim]``. key, value: ``[sk, b, groups, dim]``, sk >= sq.
-            attention_mask: bool ``[b or 1, 1, sq, sk]``, True = hidden, on top of the causal mask; None: nothing more is hidden.
+            attention_mask: bool ``[b or 1, 1, sq, sk]``, True = hidden, on top of the causal mask; None: nothing more is hidden. Where attention
+                goes by chunks, what is hidden from the last query is padding on the left, and chunks begin behind it.
 
         Returns:
             ``[sq, b, heads * dim]``.
@@ -77,8 +80,8 @@ class SdpaAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(sq, batch, -1).to(query.dtype)
 
     def _span(self, sk: int) -> int:
-        """Keys that a query sees of `sk`, itself included."""
-        return sk if self.window is None else self.window
+        """Keys that a query sees of `sk` at most, itself included."""
+        return min(limit for limit in (sk, self.window, self.chunk) if limit is not None)
 
     def _with_soft_cap(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, cap: float) -> Tensor:
         """Written out, since torch's own attention has no place for the cap; scores ``[b, heads, sq, sk]`` are stored."""
@@ -94,32 +97,27 @@ class SdpaAttention(MegatronModule):
         """bool ``[sq, sk]``, or ``[b or 1, 1, sq, sk]`` where more is hidden: True = may look."""
         distance = torch.arange(sk - sq, sk, device=device)[:, None] - torch.arange(sk, device=device)
         visible = (distance >= 0) & (distance < self._span(sk))
+        if self.chunk is not None:
+            positions = torch.arange(sk, device=device)
+            positions = positions if hidden is None else positions - hidden[:, :, -1].sum(-1, keepdim=True)
+            chunks = positions.div(self.chunk, rounding_mode="floor")
+            visible = visible & (chunks[..., sk - sq :, None] == chunks[..., None, :])
         return visible if hidden is None else visible & ~hidden
 
 
-class DecoderAttention(SelfAttention):
+class RotatedAttention(Attention):
     """megatron's attention that rotates queries and keys by the layer's own rotation, before keys go into a cache (the stock one rotates the
-    whole cache again for every new token), and has norms and query factors that the stock one lacks.
+    whole cache again for every new token), and has query factors that the stock one lacks.
 
     Args:
         style: what the family's attention does.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, style: AttentionStyle, real_groups: int, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, style: AttentionStyle, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.style = style
         self.rotation = style.rotation_of_layer[self.layer_number - 1]
-        if style.head_norm in ("own", "full"):
-            per_group = config.num_attention_heads // config.num_query_groups
-            copies = max(1, self.world_size // config.num_query_groups)
-            rank, local = self.tp_group.rank(), config.num_attention_heads // self.world_size
-            common: dict[str, Any] = {"style": style.head_norm, "norm": style.norm, "group": self.tp_group}
-            self.q_layernorm = HeadNorm(
-                config, heads=config.num_attention_heads, real_heads=real_groups * per_group, first=rank * local, copies=1, **common
-            )
-            groups = self.num_query_groups_per_partition
-            first = rank // copies * groups
-            self.k_layernorm = HeadNorm(config, heads=config.num_query_groups, real_heads=real_groups, first=first, copies=copies, **common)
+        self.has_factor = style.factor_of_layer is None or style.factor_of_layer[self.layer_number - 1]
 
     def _adjust_key_value_for_inference(
         self,
@@ -135,7 +133,10 @@ class DecoderAttention(SelfAttention):
         if rotary_pos_emb is not None and self.rotation is not None:
             table = rotary_pos_emb[0][self.rotation, :, start : start + key.shape[0]]
             query, key = (rotate(part, table, interleaved=self.style.interleaved) for part in (query, key))
-        if self.style.query_factor is not None:
+            if self.style.head_norm == "rotated":
+                eps = self.config.layernorm_epsilon
+                query, key = (F.rms_norm(part.float(), part.shape[-1:], eps=eps).to(part.dtype) for part in (query, key))
+        if self.style.query_factor is not None and self.has_factor:
             positions = torch.arange(start, start + query.shape[0], device=query.device)[:, None]
             positions = positions if padding is None else (positions - padding).clamp(min=0)
             query = query * self.style.query_factor(positions).to(query.dtype)[:, :, None, None]
@@ -147,6 +148,28 @@ class DecoderAttention(SelfAttention):
         heads = x.shape[-1] // gate.shape[-1]
         first = self.tp_group.rank() * heads % gate.shape[2]
         return (x * gate[:, :, first : first + heads].float().sigmoid().flatten(2)).to(x.dtype)
+
+
+class DecoderAttention(RotatedAttention, SelfAttention):
+    """Grouped queries from one projection, with norms that the stock attention lacks.
+
+    Args:
+        real_groups: key heads of the whole layer without those added as padding.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, style: AttentionStyle, real_groups: int, **kwargs: Any) -> None:
+        super().__init__(config, *args, style=style, **kwargs)
+        if style.head_norm in ("own", "full"):
+            per_group = config.num_attention_heads // config.num_query_groups
+            copies = max(1, self.world_size // config.num_query_groups)
+            rank, local = self.tp_group.rank(), config.num_attention_heads // self.world_size
+            common: dict[str, Any] = {"style": style.head_norm, "norm": style.norm, "group": self.tp_group}
+            self.q_layernorm = HeadNorm(
+                config, heads=config.num_attention_heads, real_heads=real_groups * per_group, first=rank * local, copies=1, **common
+            )
+            groups = self.num_query_groups_per_partition
+            first = rank // copies * groups
+            self.k_layernorm = HeadNorm(config, heads=config.num_query_groups, real_heads=real_groups, first=first, copies=copies, **common)
 
 
 def _window_of_layer(config: TransformerConfig, layer_number: int) -> int | None:

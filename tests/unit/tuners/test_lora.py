@@ -18,13 +18,18 @@ from tests.tiny import make_model
 QKV, FC1 = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
 
 
-def _resolve(rank: int, world: int, cases: list[list[str]]) -> list[Any]:
+GROUPED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+MIXED = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2")
+LATENT = ("linear_q_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def _resolve(rank: int, world: int, cases: list[list[str]], own: tuple[str, ...] = MIXED) -> list[Any]:
     from mswift.errors import ConfigError
     from mswift.tuners.lora import resolve_targets
 
     def attempt(names: list[str]) -> Any:
         try:
-            return resolve_targets(names)
+            return resolve_targets(names, own)
         except ConfigError as error:
             return str(error)
 
@@ -32,18 +37,29 @@ def _resolve(rank: int, world: int, cases: list[list[str]]) -> list[Any]:
 
 
 def test_target_names() -> None:
-    everything = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     expected = {
-        ("all-linear",): ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"),
+        ("all-linear",): MIXED,
         ("in_proj_ba", "in_proj_qkvz"): ("in_proj",),
         ("out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"): ("in_proj", "out_proj"),
-        ("down_proj", *QKV, "o_proj", *FC1): everything,
+        ("down_proj", *QKV, "o_proj", *FC1): GROUPED,
         ("linear_fc2", "linear_qkv"): ("linear_qkv", "linear_fc2"),
         ("o_proj",): ("linear_proj",),
         (*FC1, "linear_proj"): ("linear_proj", "linear_fc1"),
         ("q_proj", "linear_qkv"): ("linear_qkv",),
     }
     assert run_distributed(_resolve, 1, [list(names) for names in expected])[0] == list(expected.values())
+
+
+def test_target_names_of_latent_attention() -> None:
+    """Where a model has no fused layer of queries, keys and values, q_proj is a layer of its own."""
+    expected = {
+        ("all-linear",): LATENT,
+        ("q_proj", "kv_b_proj"): ("linear_q_proj", "linear_kv_up_proj"),
+        ("kv_a_proj_with_mqa",): ("linear_kv_down_proj",),
+    }
+    assert run_distributed(_resolve, 1, [list(names) for names in expected], LATENT)[0] == list(expected.values())
+    unknown = run_distributed(_resolve, 1, [["k_proj"]], LATENT)[0][0]
+    assert unknown.startswith("--target_modules: got 'k_proj', wanted one of all-linear, q_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj")
 
 
 def test_target_names_that_are_refused() -> None:
