@@ -120,6 +120,8 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
         spec.module = ParallelBlock
     if description.is_recurrent(layer):
         block.self_attention = ModuleSpec(module=DeltaNet)
+        # the key that megatron's own delta net, whose input projection holds the norm, has in a checkpoint
+        block.sharded_state_dict_keys_map = {**block.sharded_state_dict_keys_map, "input_layernorm.": "self_attention.in_proj.layer_norm_"}
     else:
         _describe_attention(block.self_attention, description)
     if description.mlp_bias:

@@ -146,6 +146,17 @@ def test_an_adapter_of_peft_loads_exactly(
         assert distance(logits_with(base, copy, ids), expected) < 1e-4, adapter.name
 
 
+def test_an_adapter_of_peft_on_delta_nets_loads_exactly(ids: Tensor, tmp_path: Path) -> None:
+    """Four modules with a factor A each become one layer, and go back to peft."""
+    model = make_checkpoint(tmp_path / "model", "qwen3_5_text", full_attention_interval=2)
+    adapter, copy = make_peft_adapter(model, tmp_path / "adapter"), tmp_path / "copy"
+    found = run_distributed(adapter_logits, 2, [Run(model, adapter=adapter, tp=2)], ids, [copy])[-1]
+    expected = logits_with(model, adapter, ids)
+    assert distance(found[0], expected) < 1e-4
+    assert distance(logits_with(model, copy, ids), expected) < 1e-4
+    assert {"in_proj_qkv", "in_proj_a", "out_proj"} <= set(json.loads((copy / "adapter_config.json").read_text())["target_modules"])
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_first_loss_equals_that_of_transformers_and_peft(world: int, base: Path, peft_adapters: list[Path], rows: Path, tmp_path: Path) -> None:
     found = run_distributed(first_step, world, Run(base, rows, tp=world, adapter=peft_adapters[0]), tmp_path / "gradients")

@@ -17,7 +17,6 @@ from mswift.parallel.layout import ParallelLayout
 from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run, open_model
 from tests.parity.cases import options_of
-from tests.parity.ranks import logits_of
 from tests.parity.reference import distance
 from tests.tiny import config_of, make_model
 
@@ -99,7 +98,7 @@ def _looking_ahead(rank: int, world: int, run: Run) -> list[float]:
     ids = torch.randint(3, 331, (2, 70), generator=torch.Generator().manual_seed(3))
     changed, short = ids.clone(), ids[:, :40]
     changed[:, 40:] = 0
-    whole, other, alone = (logits_of(model, part) for part in (ids, changed, short))
+    whole, other, alone = (model.logits(part) for part in (ids, changed, short))
     assert whole is not None
     assert other is not None
     return [distance(whole[:, :40], other[:, :40]), distance(whole[:, :40], alone), distance(whole[:, 40:], other[:, 40:])]
@@ -111,6 +110,28 @@ def test_padding_on_the_right_changes_nothing_before_it(tmp_path: Path) -> None:
     assert before < 1e-5
     assert alone < 1e-4
     assert after > 0.1
+
+
+def _checkpoint_keys(rank: int, world: int, run: Run) -> set[str]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    found = set()
+    for entry in open_model(run, world).chunks[0].sharded_state_dict().values():
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        found |= {part.key for part in parts if isinstance(part, ShardedTensor)}
+    return found
+
+
+def test_checkpoints_have_the_keys_of_megatrons_own_delta_net(tmp_path: Path) -> None:
+    """As its module and the layer around it, written over Transformer Engine, name them."""
+    make_model("qwen3_5_text", layer_types=["linear_attention"] * 4).save_pretrained(tmp_path / "model")
+    prefix = "decoder.layers.0.self_attention."
+    found = {key.removeprefix(prefix) for key in run_distributed(_checkpoint_keys, 1, Run(tmp_path / "model"))[0] if key.startswith(prefix)}
+    assert found == {
+        *(f"in_proj.weight.{block}" for block in ("query", "key", "value", "z", "beta", "alpha")),
+        *(f"conv1d.weight.{block}" for block in ("query", "key", "value")),
+        *("in_proj.layer_norm_weight", "A_log", "dt_bias", "out_norm.weight", "out_proj.weight"),
+    }
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
