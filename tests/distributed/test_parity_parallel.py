@@ -12,17 +12,10 @@ from tests.parity.checks import check_against_transformers
 
 TP2, PP2, EP2 = (2, {"tp": 2}), (2, {"pp": 2}), (2, {"ep": 2})
 SP2 = (2, {"tp": 2, "sequence_parallel": True})
-MIXTURES = (
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "glm4_moe",
-    "dots1",
-    "minimax_m2",
-    "qwen3_next",
-    "qwen3_5_moe_text",
-)  # over TP with split sequences only
+MIXTURES = (  # over TP with split sequences only
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1", "minimax_m2", "qwen3_next", "qwen3_5_moe_text"),
+    *("gpt_oss", "ernie4_5_moe", "granitemoe", "phimoe", "hunyuan_v1_moe"),
+)
 PLAIN = [(f"{family}/plain", layout) for family in CASES for layout in (SP2 if family in MIXTURES else TP2, PP2)]  # TP2 pads 3 groups of heads to 4
 SPECIAL = [
     ("llama/biases", TP2),
@@ -56,6 +49,8 @@ SPECIAL = [
     ("qwen3_5_text/one-group", TP2),
     ("qwen3_5_text/biases", SP2),
     ("qwen3_next/not-normalised-some-dense", (2, {"pp": 2, "vpp": 2})),
+    ("gpt_oss/one-group", SP2),
+    ("gpt_oss/plain", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
     ("qwen3_moe/not-normalised", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
 ]
 

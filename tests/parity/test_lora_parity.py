@@ -40,6 +40,12 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "qwen3.5-moe-tp2": ("qwen3_5_moe_text", MIXTURE_OF_NEXT, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
     # peft 0.20 takes gate_proj, up_proj and down_proj of this model for those of its routed experts, wherever they are
     "qwen3-next-pp2": ("qwen3_next", MIXTURE_OF_NEXT, 2, {"pp": 2, "lora": {**LORA, "targets": MIXERS}}),
+    "gpt-oss-tp2": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+        2,
+        {"tp": 2, "sequence_parallel": True, "lora": LORA},
+    ),
     "cohere-tp2-parallel": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}, 2, {"tp": 2, "lora": LORA}),
 }
 

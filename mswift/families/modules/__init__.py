@@ -6,12 +6,14 @@ from mswift.families.modules.attention import DecoderAttention, SdpaAttention
 from mswift.families.modules.causal_lm import CausalLM
 from mswift.families.modules.delta_net import DeltaNet
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
+from mswift.families.modules.mixture import BiasedExpertRowLinear, StyledRouter
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.rotary import RotaryTables
 
 __all__ = [
     "AddToResidual",
     "BiasedColumnParallelLinear",
+    "BiasedExpertRowLinear",
     "BiasedRowParallelLinear",
     "CausalLM",
     "DecoderAttention",
@@ -21,4 +23,5 @@ __all__ = [
     "ParallelBlock",
     "RotaryTables",
     "SdpaAttention",
+    "StyledRouter",
 ]
