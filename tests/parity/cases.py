@@ -28,9 +28,9 @@ _LONGROPE = {
     "long_factor": [2.0 + 0.5 * i for i in range(10)],
 }
 
-_LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 2}
+_LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
 _ERNIE = {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 28}
-_PHIMOE = {"num_local_experts": 5, "router_jitter_noise": 0.1, "num_experts_per_tok": 2}
+_PHIMOE = {"num_local_experts": 6, "router_jitter_noise": 0.1, "num_experts_per_tok": 2}
 _PHIMOE_ROPE = {**_LONGROPE, "original_max_position_embeddings": 64, "short_mscale": 1.2, "long_mscale": 1.3}
 _ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}
 
@@ -168,7 +168,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3_5_moe_text": {"plain": {**_EXPERTS, "shared_expert_intermediate_size": 44}},
     "gpt_oss": {
-        "plain": {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 6, "swiglu_limit": 0.4, "rope_parameters": _YARN_SHORT},
+        "plain": {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 6, "swiglu_limit": 0.4, "rope_parameters": _YARN_SHORT},
         "no-biases": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": False, "layer_types": ["full_attention"] * 4},
         "one-group": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "num_key_value_heads": 1},
     },

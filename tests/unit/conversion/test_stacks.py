@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mswift.conversion.coverage import source_rows
@@ -76,6 +76,7 @@ def whole_of(rule: Slab, experts: list[Tensors]) -> tuple[torch.Tensor, int | No
     return experts[int(index)][name], DIMS[name]
 
 
+@settings(deadline=None)
 @given(SIZES)
 def test_every_rank_reads_its_part_and_all_write_the_file_again(sizes: Sizes) -> None:
     experts = sizes.experts()
