@@ -50,6 +50,8 @@ SPECIAL = [
     ("qwen3_5_text/biases", SP2),
     ("qwen3_next/not-normalised-some-dense", (2, {"pp": 2, "vpp": 2})),
     ("gpt_oss/one-group", SP2),
+    ("gpt_oss/plain", (4, {"ep": 2, "etp": 2, "tp": 2, "sequence_parallel": True})),
+    ("gpt_oss/plain", (2, {"ep": 2, "tp": 2, "sequence_parallel": True})),
     ("gpt_oss/plain", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
     ("qwen3_moe/not-normalised", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
 ]

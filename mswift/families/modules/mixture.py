@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
@@ -73,7 +74,10 @@ class BiasedExpertRowLinear(BiasedRowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # its gradient lies on that one rank; summed over ranks where they share experts, never where each has experts of its own
-        self.bias.sequence_parallel = self.sequence_parallel and self.tp_group.size() > 1
+        shared = self.tp_group.size() > 1
+        self.bias.sequence_parallel = self.sequence_parallel and shared
+        if not shared:  # else megatron counts it in the norm of gradients on the first of the ranks, each of which has other experts
+            set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor]:
         output, bias = super().forward(input_)
