@@ -64,18 +64,20 @@ def source_rows(rules: Mapping[str, Rule], shapes: Mapping[str, Shape]) -> tuple
         rules: exported rules by target. shapes: whole shapes of their parameters.
     """
     sources: dict[str, Shape] = {}
+    rows: dict[str, int] = {}
     spans: dict[str, list[tuple[int, int]]] = {}
     clashing, incomplete = set(), set()
     for target, rule in rules.items():
         for name, shape in rule.source_shapes(shapes[target]).items():
             if sources.setdefault(name, shape) != shape:
                 clashing.add(name)
+            rows[name] = shape[0] if rule.stack is None else shape[0] * rule.stack.slab_rows(shape)
         for piece in rule.pieces(rule.source_shapes(shapes[target])):
             if piece.source is not None:
                 spans.setdefault(piece.source, []).append((piece.start, piece.stop))
-    for name, shape in sources.items():
+    for name in sources:
         ordered = sorted(spans.get(name, []))
         edges = [0, *(stop for _, stop in ordered)]
-        if [start for start, _ in ordered] != edges[:-1] or edges[-1] != shape[0]:
+        if [start for start, _ in ordered] != edges[:-1] or edges[-1] != rows[name]:
             incomplete.add(name)
     return sources, [*gap("tensor", clashing, "of two shapes"), *gap("tensor", incomplete, "whose rows are not all there once")]

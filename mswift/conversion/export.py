@@ -29,6 +29,7 @@ from mswift.conversion.load import Progress
 from mswift.conversion.rules import AnyRule, Rule
 from mswift.conversion.safetensors_io import ShardWriter
 from mswift.conversion.shards import Axis, cut_sources
+from mswift.conversion.stacks import SlabWriter
 from mswift.conversion.staging import begin_draft, check_space, check_target, make_temporary, parse_size, publish
 from mswift.errors import ConversionError
 
@@ -109,6 +110,7 @@ class _Walk:
         self._files = [file for file in plan.files if (file.place, file.replica, file.shard) in own]
         self._helped = [file for file in plan.files if own & {(place, 0, 0) for place in file.helpers}]
         self._writers: dict[str, ShardWriter] = {}  # by HF tensor
+        self._slabs = SlabWriter()
         self._error: Exception | None = None
         self._stopped = False
         self.done, self.total = 0, sum(file.nbytes // (1 + len(file.helpers)) for file in self._files + self._helped)
@@ -185,11 +187,13 @@ class _Walk:
         return True
 
     def _write(self, rule: Rule, parameter: ExportParameter, shards: list[torch.Tensor]) -> None:
-        pieces = rule.pieces(rule.source_shapes(parameter.whole.shape))
-        for source, row, values in cut_sources(pieces, shards, parameter.shard.dim if len(shards) > 1 else None, rule.parts, rule.source_columns):
+        shapes = rule.source_shapes(parameter.whole.shape)
+        dim = parameter.shard.dim if len(shards) > 1 else None
+        for source, row, values in cut_sources(rule.pieces(shapes), shards, dim, rule.parts, rule.source_columns):
             writer = self._writers.get(source)
             if writer is not None:
-                self.done += writer.write(source, values, row)
+                for first, ready in self._slabs.add(source, rule.stack, shapes[source], row, values):
+                    self.done += writer.write(source, ready, first)
                 if writer.complete and not writer.shared:
                     for name in writer.written:
                         del self._writers[name]

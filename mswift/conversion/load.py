@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from mswift.conversion.coverage import drops_of, fail_on, gaps, rules_by_target
-from mswift.conversion.rules import AnyRule, Drop, Rule
+from mswift.conversion.rules import AnyRule, Drop, Rule, Stack
 from mswift.conversion.safetensors_io import TensorReader
 from mswift.conversion.shards import Shard, SourceSlice, source_slices
+from mswift.conversion.stacks import read_rows
 from mswift.errors import ConversionError
 
 Progress = Callable[[int, int], None]  # bytes done and bytes in all, of this rank
@@ -44,6 +45,7 @@ class LoadReport:
 class _Task:
     parameter: LocalParameter
     slices: list[SourceSlice]
+    stack: Stack | None
     casts: set[str]
 
     def nbytes(self, reader: TensorReader) -> int:
@@ -67,7 +69,7 @@ class LoadPlan:
         """Read the parameter that ``tensor`` is, or is a view of, if it has not been read before."""
         task = self._waiting.pop(tensor.untyped_storage().data_ptr(), None)
         if task is not None:
-            fill(task.parameter.tensor, task.slices, self._reader)
+            fill(task.parameter.tensor, task.slices, self._reader, task.stack)
             self.done += task.nbytes(self._reader)
 
     def fill_all(self, progress: Progress | None = None) -> LoadReport:
@@ -135,8 +137,8 @@ def gather_names(names: Iterable[str]) -> set[str]:
     return set().union(*gathered)
 
 
-def fill(tensor: torch.Tensor, slices: Iterable[SourceSlice], reader: TensorReader) -> None:
-    """Write a shard from its slices, in place; without a copy where type, device and layout allow."""
+def fill(tensor: torch.Tensor, slices: Iterable[SourceSlice], reader: TensorReader, stack: Stack | None = None) -> None:
+    """Write a shard from its slices, in place; without a copy where type, device and layout allow. `stack`: `Rule.stack`."""
     target = tensor.detach()
     for part in slices:
         rows = target[part.at : part.at + part.rows]
@@ -147,7 +149,9 @@ def fill(tensor: torch.Tensor, slices: Iterable[SourceSlice], reader: TensorRead
             width = part.columns[1] - part.columns[0]
             rows[:, width:].zero_()
             rows = rows[:, :width]
-        if rows.is_cpu and rows.is_contiguous() and rows.dtype == reader.dtype(part.source):
+        if stack is not None:
+            rows.copy_(read_rows(reader, part.source, stack, *_spans(part)))
+        elif rows.is_cpu and rows.is_contiguous() and rows.dtype == reader.dtype(part.source):
             reader.read_into(part.source, rows, *_spans(part))
         else:
             rows.copy_(reader.read(part.source, *_spans(part)))
@@ -171,7 +175,7 @@ def _plan(parameters: Iterable[LocalParameter], rules: dict[str, Rule], reader: 
         wrong = [_mismatch(name, shape, parameter.tensor.dtype, reader) for name, shape in shapes.items()]
         problems += [text for text in wrong if text]
         dtypes = {reader.dtype(name) for name in shapes} - {parameter.tensor.dtype}
-        tasks.append(_Task(parameter, slices, {f"{_short(dtype)} -> {_short(parameter.tensor.dtype)}" for dtype in dtypes}))
+        tasks.append(_Task(parameter, slices, rule.stack, {f"{_short(dtype)} -> {_short(parameter.tensor.dtype)}" for dtype in dtypes}))
     shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
     fail_on(shown, f"load {reader.directory}")
     return tasks

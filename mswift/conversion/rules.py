@@ -36,6 +36,28 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """How an HF tensor holds several equal matrices or vectors ("slabs") along dim 0; a piece counts its rows on from one slab to the next.
+
+    Args:
+        transposed: it is ``[slabs, columns, rows]`` rather than ``[slabs, rows, columns]``.
+        woven: the rows of a slab are that many blocks, of which the tensor holds the first rows of all, then the second of all, and so on.
+    """
+
+    transposed: bool = False
+    woven: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows of the tensor are rows of the slabs."""
+        return not self.transposed and self.woven == 1
+
+    def slab_rows(self, source_shape: Shape) -> int:
+        """Rows of one slab, from the shape of the HF tensor."""
+        return source_shape[-1] if self.transposed else source_shape[1]
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One megatron parameter, named ``target`` (global layer numbers), as a list of pieces along dim 0; a bias is the 1-D case.
 
@@ -66,6 +88,11 @@ class Rule:
     def pads(self) -> bool:
         """Whether a layout may give the parameter zeros behind the rows or columns of its HF tensors."""
         return self.source_columns is not None
+
+    @property
+    def stack(self) -> Stack | None:
+        """How the HF tensors hold the rows that pieces speak of; None: row by row."""
+        return None
 
     def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
         """The shape of every HF tensor, from that of the whole parameter.
@@ -287,6 +314,56 @@ class TiedHead(PaddedRows):
 
     exported: ClassVar[bool] = False
     required: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slab(Rule):
+    """A parameter that is one of the slabs of an HF tensor, such as one expert's where a tensor holds those of all.
+
+    Args:
+        source: HF name. index, count: which slab, of how many. transposed: slabs are stored ``[in, out]``.
+    """
+
+    source: str
+    index: int
+    count: int
+    transposed: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(self.transposed)
+
+    def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
+        self._rows(target_shape)
+        return {self.source: (self.count, *(reversed(target_shape) if self.transposed else target_shape))}
+
+    def pieces(self, source_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
+        rows = self.stack.slab_rows(source_shapes[self.source])
+        return (Piece(self.source, self.index * rows, (self.index + 1) * rows),)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedSlab(Slab):
+    """The same of a fused gate and up projection; ``woven``: the HF tensor has their rows in turn, gate first."""
+
+    woven: bool = False
+
+    @property
+    def parts(self) -> Parts:
+        return 2
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(self.transposed, 2 if self.woven else 1)
+
+    def source_shapes(self, target_shape: Shape) -> dict[str, Shape]:
+        if self._rows(target_shape) % 2:
+            raise ConversionError(f"{self.target} has {target_shape[0]} rows, its rule makes an even number (gate and up)")
+        return Slab.source_shapes(self, target_shape)
 
 
 @dataclass(frozen=True, slots=True)

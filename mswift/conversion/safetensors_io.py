@@ -61,6 +61,11 @@ class TensorSpec:
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    def flat(self, dims: int) -> TensorSpec:
+        """The same bytes with the first dims taken as one, down to `dims` of them."""
+        joined = len(self.shape) - dims + 1
+        return self if joined < 2 else TensorSpec(self.dtype, (math.prod(self.shape[:joined]), *self.shape[joined:]))
+
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, as bytes."""
@@ -102,7 +107,7 @@ class SafetensorsFile:
         spec = self.specs[name] if shape is None else TensorSpec(self.specs[name].dtype, shape)
         first, last = _span(rows, spec.shape[0] if spec.shape else 1)
         view, begin = bytes_of(out), self._offsets[name] + first * spec.row_bytes
-        if columns is None:
+        if columns is None or _span(columns, spec.shape[1]) == (0, spec.shape[1]):
             runs, run, step, skip = 1, (last - first) * spec.row_bytes, 0, 0
         else:
             low, high = _span(columns, spec.shape[1])
@@ -180,6 +185,14 @@ class TensorReader(ABC):
         self.read_into(name, out, rows, columns)
         return out
 
+    def read_as(self, name: str, shape: Shape, rows: slice, columns: slice | None = None) -> torch.Tensor:
+        """Rows of a tensor taken as if its first two dims were one, as ``shape`` has it; all of one entry of the first."""
+        height = self.shape(name)[1]
+        index = rows.start // height
+        lines = slice(rows.start - index * height, rows.stop - index * height)
+        found = self.read(name, slice(index, index + 1), lines)[0]
+        return found if columns is None else found[:, columns]
+
     def __enter__(self) -> Self:
         return self
 
@@ -224,7 +237,7 @@ class CheckpointReader(TensorReader):
         """`SafetensorsFile.read_into` of whichever file holds the tensor."""
         self._where[name].read_into(name, out, rows, columns)
 
-    def read_as(self, name: str, shape: Shape, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
+    def read_as(self, name: str, shape: Shape, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:  # of any shape
         """`read` of a tensor taken as if it had another shape, of as many elements."""
         out = torch.empty(sliced_shape(shape, rows, columns), dtype=self.dtype(name))
         self._where[name].read_into(name, out, rows, columns, shape=shape)
@@ -271,8 +284,8 @@ class ShardWriter:
             raise self._failed(error) from None
 
     def write(self, name: str, tensor: torch.Tensor, start_row: int = 0) -> int:
-        """Put ``tensor`` at row ``start_row`` of ``name``; any device, the dtype of the spec. Returns the bytes written."""
-        spec = self._specs[name]
+        """Put ``tensor`` at row ``start_row`` of ``name``; any device, the dtype of the spec, dims as in `TensorSpec.flat`. Returns the bytes."""
+        spec = self._specs[name].flat(tensor.dim())
         rows = tuple(tensor.shape[:1])
         if tensor.dtype != spec.dtype or tensor.shape[1:] != spec.shape[1:] or start_row + sum(rows) > sum(spec.shape[:1]):
             got = f"{tensor.dtype} {tuple(tensor.shape)} at row {start_row}"

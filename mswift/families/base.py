@@ -115,7 +115,8 @@ class AttentionStyle:
         interleaved: pairs of neighbouring columns are rotated rather than halves.
         head_norm: of queries and keys: None, ``shared`` (one weight for all heads), ``own`` (a weight for each head), ``full`` (over all heads)
             or ``rotated`` (of each head without a weight, behind the rotation, in layers that have one).
-        norm: kind of that norm. softcap: limit on the scores, by tanh. query_factor: positions int64 -> factors on the queries.
+        norm: kind of that norm. norm_last: queries and keys are rotated first, then normalised. sinks: each head has a learnt score that takes
+            part in the softmax and has no value. softcap: limit on the scores, by tanh. query_factor: positions int64 -> factors on the queries.
         factor_of_layer: in which layers; None: in all. chunk_of_layer: a query sees its own chunk of so many tokens (None: all) in every layer.
         latent: sizes of multi-head latent attention; None: plain heads.
     """
@@ -125,11 +126,31 @@ class AttentionStyle:
     interleaved: bool = False
     head_norm: Literal["shared", "own", "full", "rotated"] | None = None
     norm: NormStyle = NormStyle()
+    norm_last: bool = False
+    sinks: bool = False
     softcap: float | None = None
     query_factor: Callable[[torch.Tensor], torch.Tensor] | None = None
     factor_of_layer: tuple[bool, ...] | None = None
     chunk_of_layer: tuple[int | None, ...] | None = None
     latent: LatentStyle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStyle:
+    """What a family's router does that megatron-core's configuration does not say.
+
+    Args:
+        kind: ``topk`` as megatron has it; ``corrected_softmax``: a bias is added to the softmax for the choice alone; ``sparsemixer``: two
+            experts, each weighed among those near it.
+        bias: on the logits. wide: the weight is held in fp32 whatever the model is held in.
+        floor: least sum that corrected weights are divided by. jitter: half the relative distance that counts as near.
+    """
+
+    kind: Literal["topk", "corrected_softmax", "sparsemixer"] = "topk"
+    bias: bool = False
+    wide: bool = False
+    floor: float = 0.0
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +160,8 @@ class MegatronDescription:
     Args:
         transformer: fields of TransformerConfig. vocab_size: without padding. max_sequence_length: in tokens.
         tied: the output head is the embedding. attention: what TransformerConfig does not say of it.
-        output_bias: attention's output projection has a bias. mlp_bias: both MLP layers have one.
+        output_bias: attention's output projection has a bias. mlp_bias: both MLP layers have one. expert_bias: those of routed experts have.
+        head_bias: the output head has one. router: of mixtures of experts.
         norm: before the sublayers and at the end. pre_norms, post_norms: whether sublayers have a norm on their input, on their output.
         parallel: attention and MLP read the same input and are added together. residual_scale: factor on each sublayer's output.
         embedding_scale: factor on the embedding. logit_scale, logit_softcap: factor on the logits, then their limit by tanh.
@@ -154,6 +176,9 @@ class MegatronDescription:
     attention: AttentionStyle
     output_bias: bool = False
     mlp_bias: bool = False
+    expert_bias: bool = False
+    head_bias: bool = False
+    router: RouterStyle = RouterStyle()
     norm: NormStyle = NormStyle()
     pre_norms: bool = True
     post_norms: bool = False
@@ -177,6 +202,11 @@ class MegatronDescription:
     @property
     def has_recurrent_layers(self) -> bool:
         return any(self.is_recurrent(layer) for layer in range(self.transformer["num_layers"]))
+
+    @property
+    def corrects_choice(self) -> bool:
+        """Whether routers have a bias for the choice of experts alone."""
+        return bool(self.transformer.get("moe_router_enable_expert_bias")) or self.router.kind == "corrected_softmax"
 
     @property
     def heads_per_group(self) -> int:

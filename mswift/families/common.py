@@ -27,8 +27,9 @@ class TensorNames:
 
     Args:
         qkv: query, key and value projections; the same name three times where they are one tensor. gate_up: likewise of the MLP.
-        up: the first MLP layer where it is not gated. norms: our name -> the family's. experts: of the layers that have some.
-        delta_inputs: how delta nets are written, see `delta_rules`. dropped: tensors of a checkpoint that are left out.
+        up: the first MLP layer where it is not gated. norms: our name -> the family's. head_norms: of queries, of keys. sinks: the whole name.
+        experts: of the layers that have some. delta_inputs: how delta nets are written, see `delta_rules`. dropped: tensors of a checkpoint
+            that are left out.
     """
 
     qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -37,6 +38,8 @@ class TensorNames:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
+    head_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    sinks: str = "self_attn.sinks"
     experts: ExpertNames = field(default_factory=ExpertNames)
     delta_inputs: Literal["packed", "separate"] = "separate"
     dropped: tuple[Drop, ...] = ()
@@ -184,6 +187,8 @@ def decoder_rules(description: MegatronDescription, padding: Padding, names: Ten
         first = description.transformer["num_layers"]
         numbers = "|".join(str(first + index) for index in range(description.further_layers))
         rules.append(Drop(rf"model\.layers\.({numbers})\..*", "layers that predict tokens further ahead (MTP)", told=True))
+    if description.head_bias:
+        rules.append(PaddedRows("output_layer.bias", "lm_head.bias", description.vocab_size, padding.vocab))
     for layer in range(description.transformer["num_layers"]):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for mine, its in names.norms.items():
@@ -221,11 +226,14 @@ def _attention(ours: str, theirs: str, description: MegatronDescription, padding
         rules.append(qkv("bias"))
     if description.output_bias:
         rules.append(Rename(f"{ours}linear_proj.bias", f"{theirs}{names.output}.bias"))
-    style = description.attention.head_norm
+    padded_heads = padding.groups * (heads // groups)
+    if description.attention.sinks:
+        rules.append(PaddedRows(f"{ours}core_attention.softmax_offset", f"{theirs}{names.sinks}", heads, padded_heads))
+    style, when = description.attention.head_norm, "rotated_" if description.attention.norm_last else ""
     if style not in (None, "rotated"):
         unit = head_dim if style == "full" else 1
-        for letter, count, padded in (("q", heads, padding.groups * (heads // groups)), ("k", groups, padding.groups)):
-            target, source = f"{ours}{letter}_layernorm.weight", f"{theirs}self_attn.{letter}_norm.weight"
+        for letter, name, count, padded in zip("qk", names.head_norms, (heads, groups), (padded_heads, padding.groups), strict=True):
+            target, source = f"{ours}{when}{letter}_layernorm.weight", f"{theirs}{name}.weight"
             rules.append(Rename(target, source) if style == "shared" else PaddedRows(target, source, count * unit, padded * unit))
     return rules
 

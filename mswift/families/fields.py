@@ -22,8 +22,13 @@ _OF_NO_EFFECT = frozenset(
 )
 """Names, tokens, how a model is initialised, served or generated from, layers beside the model that predict further tokens; what a quantised
 one means is the reader's to know."""
-_DROPOUT = frozenset(["residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "embedding_dropout", "classifier_dropout", "dropout"])
-"""Rates that training here leaves at 0."""
+_DROPOUT = frozenset(
+    [
+        *("residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "embedding_dropout", "classifier_dropout", "dropout"),
+        "input_jitter_noise",
+    ]
+)
+"""Rates and noise of training that training here leaves at 0."""
 _SAID_OTHERWISE = {
     "rope_parameters": (
         "rope_scaling",

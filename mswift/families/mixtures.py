@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mswift.conversion.rules import FusedGateUp, Rename, Rule
+from mswift.conversion.rules import FusedGateUp, GatedSlab, Rename, Rule, Slab
 from mswift.errors import ModelError
 from mswift.families.base import ExpertChoice, HfConfig, MegatronDescription
 
@@ -17,7 +17,10 @@ class ExpertNames:
 
     Args:
         router: chooses the experts. experts: expert E is ``EXPERTS.E.``. gate_up, down: below an expert and below `shared`.
-        shared: the expert of all tokens. shared_gate: its own weight for each token. bias: added to the scores for the choice; a full name.
+        shared: the expert of all tokens. shared_gate: its own weight for each token. bias: added to the scores for the choice; a full name,
+            of a tensor ``[1, experts]`` where `bias_has_rows`.
+        stacks: names of the two tensors that hold the gate and up projections of all experts, and their down projections; full names. None: each
+            expert has tensors of its own. transposed: matrices of the stacks are ``[in, out]``. woven: gate and up in turn.
     """
 
     router: str = "mlp.gate"
@@ -27,6 +30,10 @@ class ExpertNames:
     down: str = "down_proj"
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate"
+    bias_has_rows: bool = False
+    stacks: tuple[str, str] | None = None
+    transposed: bool = False
+    woven: bool = False
 
 
 def expert_rules(ours: str, theirs: str, description: MegatronDescription, names: ExpertNames) -> list[Rule]:
@@ -38,14 +45,29 @@ def expert_rules(ours: str, theirs: str, description: MegatronDescription, names
 
     fields = description.transformer
     rules: list[Rule] = [Rename(f"{ours}router.weight", f"{theirs}{names.router}.weight")]
-    if fields.get("moe_router_enable_expert_bias"):
-        rules.append(Rename(f"{ours}router.expert_bias", f"{theirs}{names.bias}"))
+    if description.router.bias:
+        rules.append(Rename(f"{ours}router.bias", f"{theirs}{names.router}.bias"))
+    if description.corrects_choice:
+        target, source = f"{ours}router.expert_bias", f"{theirs}{names.bias}"
+        rules.append(Slab(target, source, 0, 1) if names.bias_has_rows else Rename(target, source))
     for expert in range(fields["num_moe_experts"]):
-        rules += mlp(f"{ours}experts.local_experts.{expert}", f"{theirs}{names.experts}.{expert}")
+        target = f"{ours}experts.local_experts.{expert}"
+        rules += mlp(target, f"{theirs}{names.experts}.{expert}") if names.stacks is None else _slabs(target, theirs, expert, description, names)
     if fields.get("moe_shared_expert_intermediate_size"):
         rules += mlp(f"{ours}shared_experts", f"{theirs}{names.shared}")
     if fields.get("moe_shared_expert_gate"):
         rules.append(Rename(f"{ours}shared_experts.gate_weight", f"{theirs}{names.shared_gate}.weight"))
+    return rules
+
+
+def _slabs(target: str, theirs: str, expert: int, description: MegatronDescription, names: ExpertNames) -> list[Rule]:
+    """The rules of one expert whose tensors are slabs of those of all experts; a bias is called as its weight, with ``_bias`` behind."""
+    count = description.transformer["num_moe_experts"]
+    gate_up, down = (f"{theirs}{name}" for name in names.stacks or ())
+    rules: list[Rule] = []
+    for kind, behind in (("weight", ""), ("bias", "_bias"))[: 1 + description.expert_bias]:
+        rules.append(GatedSlab(f"{target}.linear_fc1.{kind}", gate_up + behind, expert, count, names.transposed, names.woven))
+        rules.append(Slab(f"{target}.linear_fc2.{kind}", down + behind, expert, count, names.transposed))
     return rules
 
 
@@ -56,7 +78,12 @@ def mixture_fields(
 
     Args:
         ffn_size: of each expert. layers: 1 = mixture, 0 = dense; None: all are mixtures. normalised: the weights of the chosen experts sum to 1.
+
+    Raises:
+        ModelError: one normalised expert for each token, whose weight is 1 whatever the router says.
     """
+    if topk == 1 and normalised:
+        raise ModelError(f"one expert a token in {hf.model_type}: its weight is always 1, which megatron-core refuses; this is not supported")
     return {
         "num_moe_experts": experts,
         "moe_router_topk": topk,

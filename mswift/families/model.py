@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from mswift.conversion.directories import CONFIG_FILE, read_json
 from mswift.conversion.shards import Shard
 from mswift.errors import ModelError, one_line
-from mswift.families.base import HfConfig, MegatronDescription, find_family
+from mswift.families.base import HfConfig, MegatronDescription, RouterStyle, find_family
 from mswift.families.modules import (
     AddToResidual,
     BiasedColumnParallelLinear,
+    BiasedExpertRowLinear,
     BiasedRowParallelLinear,
     CausalLM,
     DecoderAttention,
@@ -37,6 +39,7 @@ from mswift.families.modules import (
     ParallelBlock,
     RotaryTables,
     SdpaAttention,
+    StyledRouter,
 )
 from mswift.parallel.groups import Groups
 from mswift.runtime.device import Runtime
@@ -124,15 +127,25 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
         block.sharded_state_dict_keys_map = {**block.sharded_state_dict_keys_map, "input_layernorm.": "self_attention.in_proj.layer_norm_"}
     else:
         _describe_attention(block.self_attention, description)
-    if description.mlp_bias:
+    if experts is not None:
+        _describe_mixture(block.mlp, description)
+    elif description.mlp_bias:
         submodules = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear)
         block.mlp = ModuleSpec(module=MLP, submodules=submodules)
     return spec
 
 
+def _describe_mixture(spec: ModuleSpec, description: MegatronDescription) -> None:
+    if description.router != RouterStyle():
+        spec.submodules.router = functools.partial(StyledRouter, style=description.router)
+    if description.expert_bias:
+        linears = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedExpertRowLinear)
+        spec.submodules.experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+
+
 def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> None:
     style = description.attention
-    spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap, chunk_of_layer=style.chunk_of_layer)
+    spec.submodules.core_attention = functools.partial(SdpaAttention, softcap=style.softcap, chunk_of_layer=style.chunk_of_layer, sinks=style.sinks)
     spec.params = {**spec.params, "style": style}
     if style.latent is not None:
         spec.module = LatentAttention
@@ -140,7 +153,8 @@ def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> N
     else:
         spec.module = DecoderAttention
         spec.params["real_groups"] = description.transformer["num_query_groups"]
-        head_norm = ModuleSpec(module=Norm, params={"style": style.norm}) if style.head_norm == "shared" else None
+        shared = style.head_norm == "shared" and not style.norm_last
+        head_norm = ModuleSpec(module=Norm, params={"style": style.norm}) if shared else None
         spec.submodules.q_layernorm = spec.submodules.k_layernorm = head_norm
     if description.output_bias:
         spec.submodules.linear_proj = BiasedRowParallelLinear

@@ -28,9 +28,11 @@ def rotation(hf: HfConfig, head_dim: int, layer_type: str | None = None) -> Rota
     kind = parameters.get("rope_type", "default")
     if kind not in ROTARY_TYPES:
         raise ModelError(f"rotary type {kind!r} is not supported exactly; wanted one of {', '.join(ROTARY_TYPES)}")
-    if kind == "default":
+    alpha = parameters.get("alpha") if kind == "dynamic" else None  # Hunyuan: the base grows once and for all
+    if kind == "default" or alpha:
         width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-        return Rotation(functools.partial(_plain, float(parameters["rope_theta"]), width))
+        theta = parameters["rope_theta"] * (alpha ** (width / (width - 2)) if alpha else 1.0)
+        return Rotation(functools.partial(_plain, float(theta), width))
     own = copy.deepcopy(hf)
     if layer_type is not None:
         own.rope_parameters = dict(parameters)

@@ -6,6 +6,7 @@ from typing import Any
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+_YARN_SHORT = {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 16}
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 _MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
@@ -37,6 +38,12 @@ _LONGROPE = {
     "short_factor": [1.0 + 0.05 * i for i in range(10)],
     "long_factor": [2.0 + 0.5 * i for i in range(10)],
 }
+
+_LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_ERNIE = {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 28}
+_PHIMOE = {"num_local_experts": 6, "router_jitter_noise": 0.1, "num_experts_per_tok": 2}
+_PHIMOE_ROPE = {**_LONGROPE, "original_max_position_embeddings": 64, "short_mscale": 1.2, "long_mscale": 1.3}
+_ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -199,6 +206,31 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "biases": {"attention_bias": True, "linear_conv_kernel_dim": 3, "full_attention_interval": 2, **_FOUR_KEY_HEADS},
     },
     "qwen3_5_moe_text": {"plain": {**_EXPERTS, "shared_expert_intermediate_size": 44}},
+    "gpt_oss": {
+        "plain": {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 6, "swiglu_limit": 0.4, "rope_parameters": _YARN_SHORT},
+        "no-biases": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": False, "layer_types": ["full_attention"] * 4},
+        "one-group": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "num_key_value_heads": 1},
+    },
+    "ernie4_5_moe": {
+        "plain": {**_ERNIE, "moe_layer_start_index": 1, "tie_word_embeddings": False},
+        "interval": {**_ERNIE, "moe_layer_interval": 2, "moe_layer_end_index": 2, "moe_layer_start_index": 0, "moe_num_shared_experts": 0},
+        "floor": {**_ERNIE, "moe_norm_min": 0.9, "moe_k": 2},
+        "biases": {**_ERNIE, "use_bias": True, "moe_num_shared_experts": 0, "moe_layer_start_index": 1},
+    },
+    "granitemoe": {
+        "plain": {**_LOCAL, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 0.7},
+        "biases": {**_LOCAL, "attention_bias": True, "tie_word_embeddings": True},
+    },
+    "phimoe": {
+        "plain": {**_PHIMOE, "attention_bias": True, "lm_head_bias": True},
+        "near": {**_PHIMOE, "router_jitter_noise": 0.4, "sliding_window": 6},
+        "longrope": {**_PHIMOE, "rope_parameters": _PHIMOE_ROPE, "original_max_position_embeddings": 64},
+    },
+    "hunyuan_v1_moe": {
+        "plain": {"num_experts": 6, "moe_topk": 3},
+        "alpha": {"num_experts": 6, "moe_topk": 3, "attention_bias": True, "rope_parameters": _ALPHA},
+    },
+    "hunyuan_v1_dense": {"plain": {}, "alpha": {"attention_bias": True, "rope_parameters": _ALPHA}},
     "nemotron": {"plain": {"hidden_act": "relu2"}, "biases": {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True}},
 }
 

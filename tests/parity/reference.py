@@ -42,7 +42,7 @@ def written_gradients(model: Any) -> dict[str, Tensor]:
     """The gradient of each of them; the weights are lost."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter.grad)
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)  # some hold a bias that is not trained
         for buffer in model.buffers():
             buffer.zero_()
     return written_tensors(model)

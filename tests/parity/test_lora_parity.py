@@ -44,6 +44,12 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "qwen3-next-pp2": ("qwen3_next", MIXTURE_OF_NEXT, 2, {"pp": 2, "lora": {**LORA, "targets": MIXERS}}),
     "deepseek-v3-tp2": (*options_of("deepseek_v3/plain"), 2, {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": LATENT}}),
     "deepseek-v2-pp2-lite": (*options_of("deepseek_v2/lite"), 2, {"pp": 2, "lora": {**LORA, "targets": LATENT}}),
+    "gpt-oss-tp2": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+        2,
+        {"tp": 2, "sequence_parallel": True, "lora": LORA},
+    ),
     "cohere-tp2-parallel": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}, 2, {"tp": 2, "lora": LORA}),
 }
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from mswift.conversion.rules import AnyRule, FusedGateUp, FusedQKV, GroupedBlocks, Piece
+from mswift.conversion.rules import AnyRule, FusedGateUp, FusedQKV, GatedSlab, GroupedBlocks, Piece, Slab
 from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run, open_model
 from tests.parity.cases import options_of
@@ -96,6 +98,24 @@ def another_scale(description: Any) -> Any:
     return replace(description, transformer={**description.transformer, "softmax_scale": None})
 
 
+def narrower_window(description: Any) -> Any:
+    width, _ = description.transformer["window_size"]
+    return replace(description, transformer={**description.transformer, "window_size": (width - 1, 0)})
+
+
+def flipped_pre_softmax(description: Any) -> Any:
+    pre = description.transformer["moe_router_pre_softmax"]
+    return replace(description, transformer={**description.transformer, "moe_router_pre_softmax": not pre})
+
+
+def transformer(**changes: Any) -> Change:
+    return lambda description: replace(description, transformer={**description.transformer, **changes})
+
+
+def router(**changes: Any) -> Change:
+    return lambda description: replace(description, router=replace(description.router, **changes))
+
+
 DESCRIPTIONS: dict[str, tuple[str, Change]] = {
     "a window of one token more": ("mistral/windows", wider_window),
     "a norm without its one": ("gemma/plain", centred_at_one),
@@ -127,20 +147,61 @@ DESCRIPTIONS: dict[str, tuple[str, Change]] = {
     "a group judged by its two best experts": ("deepseek_v2/plain", choice(judged_by=2)),
     "weights of experts normalised": ("deepseek_v3/not-normalised", choice(normalised=True)),
     "experts chosen from all groups": ("deepseek_v3/plain", choice(groups=1)),
+    "a window of one token less": ("gpt_oss/plain", narrower_window),
+    "a softmax over all experts": ("gpt_oss/plain", flipped_pre_softmax),
+    "a gate without its limit": ("gpt_oss/plain", transformer(activation_func_clamp_value=None)),
+    "a gate without its one": ("gpt_oss/plain", transformer(glu_linear_offset=0.0)),
+    "a usual softmax in a corrected router": ("ernie4_5_moe/plain", router(floor=1.0)),
+    "scores of a mixture by the usual scale": ("granitemoe/plain", another_scale),
+    "two experts by a plain softmax": ("phimoe/near", router(jitter=1e9)),
     "no growth of the queries": ("ministral3/plain", attention(query_factor=None)),
 }
+
+
+def unwoven(rule: AnyRule) -> AnyRule:
+    return replace(rule, woven=False) if isinstance(rule, GatedSlab) else rule
+
+
+def next_expert(rule: AnyRule) -> AnyRule:
+    """Expert 1 of one layer reads expert 2, and the other way round."""
+    swapped = isinstance(rule, Slab) and rule.target.startswith("decoder.layers.1.") and rule.index in (1, 2)
+    return replace(rule, index=3 - rule.index) if swapped else rule
+
+
 RULES: dict[str, tuple[str, Change]] = {
     "gate and up swapped": ("llama/plain", swap_gate_and_up),
     "keys and values swapped": ("qwen3/plain", swap_keys_and_values),
     "gates taken for queries": ("qwen3_5_text/plain", swap_queries_and_gates),
     "beta and alpha swapped": ("qwen3_5_text/plain", swap_beta_and_alpha),
     "blocks that are not by key head": ("qwen3_next/dense-biases", without_groups),
+    "gate and up not in turn": ("gpt_oss/plain", unwoven),
+    "two experts swapped": ("granitemoe/plain", next_expert),
 }
 CODE: dict[str, tuple[str, Callable[[], None]]] = {
     "a filter that sees one token too late": ("qwen3_5_text/plain", filter_one_token_late),
     "the norm of a delta net around zero": ("qwen3_5_text/plain", centre_the_norm_of_delta_nets_at_zero),
     "queries and keys of any length": ("qwen3_5_text/plain", keep_the_length_of_keys),
 }
+TENSORS: dict[str, tuple[str, str]] = {
+    "no sinks": ("gpt_oss/plain", r"core_attention\.softmax_offset"),
+    "one expert without its first bias": ("gpt_oss/plain", r"layers\.1\.mlp\.experts\.local_experts\.2\.linear_fc1\.bias"),
+    "one expert without its second bias": ("gpt_oss/plain", r"layers\.1\.mlp\.experts\.local_experts\.2\.linear_fc2\.bias"),
+    "no bias on the router": ("gpt_oss/plain", r"router\.bias"),
+    "no bias for the choice": ("ernie4_5_moe/plain", r"router\.expert_bias"),
+    "no bias on the head": ("phimoe/plain", r"output_layer\.bias"),
+}
+"""Parameters, by a part of their name, that are set to zero, or to nothing where they are sinks."""
+
+
+def emptied(model: Any, pattern: str) -> Any:
+    """The model without some of its parameters."""
+    found = [
+        (name, tensor) for chunk in model.chunks for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()) if re.search(pattern, name)
+    ]
+    assert found
+    for name, tensor in found:
+        tensor.data.fill_(-torch.inf if name.endswith("softmax_offset") else 0.0)
+    return model
 
 
 def right_and_wrong(rank: int, world: int, run: Run, name: str) -> tuple[Tensor, Tensor]:
@@ -151,6 +212,11 @@ def right_and_wrong(rank: int, world: int, run: Run, name: str) -> tuple[Tensor,
     ids = random_batches()[0].input_ids
     right = open_model(run, world).logits(ids)
     family = base.find_family(read_hf_config(run.checkpoint).architectures, "here")
+    if name in TENSORS:
+        wrong = emptied(open_model(run, world), TENSORS[name][1]).logits(ids)
+        assert right is not None
+        assert wrong is not None
+        return right, wrong
     if name in DESCRIPTIONS:
         change = DESCRIPTIONS[name][1]
         base.register(replace(family, describe=lambda hf: change(family.describe(hf))))
@@ -165,9 +231,9 @@ def right_and_wrong(rank: int, world: int, run: Run, name: str) -> tuple[Tensor,
     return right, wrong
 
 
-@pytest.mark.parametrize("name", [*DESCRIPTIONS, *RULES, *CODE])
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, *RULES, *CODE, *TENSORS])
 def test_a_mistake_shows(name: str, tmp_path: Path) -> None:
-    family, changes = options_of({**DESCRIPTIONS, **RULES, **CODE}[name][0])
+    family, changes = options_of({**DESCRIPTIONS, **RULES, **CODE, **TENSORS}[name][0])
     model = make_model(family, **changes)
     model.save_pretrained(tmp_path / "model")
     expected = measure_reference(model, random_batches()).logits

@@ -39,6 +39,9 @@ CASES = (
     ("qwen3_5_text/biases", "bfloat16"),
     ("deepseek_v3/plain", "float32"),
     ("deepseek_v2/lite", "float32"),
+    ("gpt_oss/plain", "bfloat16"),
+    ("granitemoe/biases", "float32"),
+    ("phimoe/plain", "bfloat16"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"tp1": (1, {}), "tp4": (4, {"tp": 4}), "tp2-pp2": (4, {"tp": 2, "pp": 2})}

@@ -7,6 +7,7 @@ from mswift.families.modules.causal_lm import CausalLM
 from mswift.families.modules.delta_net import DeltaNet
 from mswift.families.modules.latent import LatentAttention
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
+from mswift.families.modules.mixture import BiasedExpertRowLinear, StyledRouter
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.rotary import RotaryTables
 from mswift.families.modules.routers import GroupedRouter
@@ -14,6 +15,7 @@ from mswift.families.modules.routers import GroupedRouter
 __all__ = [
     "AddToResidual",
     "BiasedColumnParallelLinear",
+    "BiasedExpertRowLinear",
     "BiasedRowParallelLinear",
     "CausalLM",
     "DecoderAttention",
@@ -25,4 +27,5 @@ __all__ = [
     "ParallelBlock",
     "RotaryTables",
     "SdpaAttention",
+    "StyledRouter",
 ]

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
 
 from mswift.errors import ConfigError
 from mswift.families.base import AttentionStyle
-from mswift.families.modules.norms import HeadNorm
+from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.rotary import rotate
 from mswift.runtime.precision import widen
 
@@ -33,6 +35,7 @@ class SdpaAttention(MegatronModule):
         pg_collection: Any = None,
         softcap: float | None = None,
         chunk_of_layer: tuple[int | None, ...] | None = None,
+        sinks: bool = False,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -43,6 +46,19 @@ class SdpaAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window, self.softcap = _window_of_layer(config, layer_number), softcap
         self.chunk = None if chunk_of_layer is None else chunk_of_layer[layer_number - 1]
+        self.softmax_offset = self._sinks(pg_collection.tp.size()) if sinks else None
+
+    def _sinks(self, tp: int) -> nn.Parameter:
+        """``[heads here]``, under the name that megatron's own core attention gives it."""
+        like = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
+        parameter = nn.Parameter(torch.zeros(self.config.num_attention_heads // tp, **like))
+        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        return parameter
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """megatron's description of the sinks for dist_checkpointing."""
+        own = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets)
 
     def forward(
         self,
@@ -69,8 +85,8 @@ class SdpaAttention(MegatronModule):
         q, k, v = (widen(t).permute(1, 2, 0, 3) for t in (query, key, value))
         # SDPA's own causal flag says all that there is to say of a plain square, and one query at the end sees everything
         plain = attention_mask is None and sk <= self._span(sk) and sq in (1, sk)
-        if self.softcap is not None:
-            out = self._with_soft_cap(q, k, v, self._visible(sq, sk, attention_mask, query.device), self.softcap)
+        if self.softcap is not None or self.softmax_offset is not None:
+            out = self._written_out(q, k, v, self._visible(sq, sk, attention_mask, query.device))
         else:
             visible = None if plain else self._visible(sq, sk, attention_mask, query.device)
             p = self.dropout if self.training else 0.0
@@ -83,15 +99,19 @@ class SdpaAttention(MegatronModule):
         """Keys that a query sees of `sk` at most, itself included."""
         return min(limit for limit in (sk, self.window, self.chunk) if limit is not None)
 
-    def _with_soft_cap(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, cap: float) -> Tensor:
-        """Written out, since torch's own attention has no place for the cap; scores ``[b, heads, sq, sk]`` are stored."""
+    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """With a cap on the scores or with sinks, for which torch's own attention has no place; scores ``[b, heads, sq, sk]`` are stored."""
         repeats = q.shape[1] // k.shape[1]
         k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
         scale = self.scale or q.shape[-1] ** -0.5
-        scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * (scale / cap)) * cap
+        scores = torch.matmul(q, k.transpose(2, 3))
+        scores = scores * scale if self.softcap is None else torch.tanh(scores * (scale / self.softcap)) * self.softcap
         scores = scores.masked_fill(~visible, -torch.inf)
-        weights = F.dropout(scores.softmax(-1, dtype=torch.float32), self.dropout, self.training).to(v.dtype)
-        return torch.matmul(weights, v)
+        if self.softmax_offset is not None:
+            sinks = self.softmax_offset.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32)[..., : k.shape[2]]
+        return torch.matmul(F.dropout(weights, self.dropout, self.training).to(v.dtype), v)
 
     def _visible(self, sq: int, sk: int, hidden: Tensor | None, device: torch.device) -> Tensor:
         """bool ``[sq, sk]``, or ``[b or 1, 1, sq, sk]`` where more is hidden: True = may look."""
@@ -136,6 +156,8 @@ class RotatedAttention(Attention):
             if self.style.head_norm == "rotated":
                 eps = self.config.layernorm_epsilon
                 query, key = (F.rms_norm(part.float(), part.shape[-1:], eps=eps).to(part.dtype) for part in (query, key))
+        if self.style.norm_last:
+            query, key = self.rotated_q_layernorm(query), self.rotated_k_layernorm(key)
         if self.style.query_factor is not None and self.has_factor:
             positions = torch.arange(start, start + query.shape[0], device=query.device)[:, None]
             positions = positions if padding is None else (positions - padding).clamp(min=0)
@@ -159,7 +181,10 @@ class DecoderAttention(RotatedAttention, SelfAttention):
 
     def __init__(self, config: TransformerConfig, *args: Any, style: AttentionStyle, real_groups: int, **kwargs: Any) -> None:
         super().__init__(config, *args, style=style, **kwargs)
-        if style.head_norm in ("own", "full"):
+        if style.norm_last:  # under names of their own: under the usual ones megatron would apply them before the rotation
+            head_dim, eps = config.kv_channels or 0, config.layernorm_epsilon
+            self.rotated_q_layernorm, self.rotated_k_layernorm = (Norm(config, head_dim, eps, style.norm) for _ in "qk")
+        elif style.head_norm in ("own", "full"):
             per_group = config.num_attention_heads // config.num_query_groups
             copies = max(1, self.world_size // config.num_query_groups)
             rank, local = self.tp_group.rank(), config.num_attention_heads // self.world_size

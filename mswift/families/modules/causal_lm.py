@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel with what families put around its blocks: a factor on the embedding, a factor and a cap on the logits."""
+"""megatron-core's GPTModel with what families put around its blocks: a factor on the embedding, a bias, a factor and a cap on the logits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
@@ -21,6 +22,10 @@ class CausalLM(GPTModel):
         self.description = description
         if self.pre_process and description.embedding_scale != 1.0:
             self.embedding.register_forward_hook(self._scale_embedding)
+        if self.post_process and description.head_bias:
+            like: dict[str, Any] = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
+            self.output_layer.bias = nn.Parameter(torch.empty(self.output_layer.output_size_per_partition, **like))
+            set_tensor_model_parallel_attributes(self.output_layer.bias, True, 0, 1)
 
     def forward(self, *args: Any, inference_context: Any = None, **kwargs: Any) -> Tensor:
         """As GPTModel; in answering it is the prompt that decides which rotary frequencies hold."""
@@ -43,9 +48,13 @@ class CausalLM(GPTModel):
         parallel_sequence = self.config.sequence_parallel and group.size() > 1
         if parallel_sequence:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        weight = self.output_weight()
+        if self.description.head_bias:  # one column more of the head, which meets a one in every hidden state
+            hidden_states = nn.functional.pad(hidden_states, (0, 1), value=1.0)
+            weight = torch.cat((weight, self.output_layer.bias[:, None]), dim=1)
         log_probs = linear_log_probs(
             hidden_states,
-            self.output_weight(),
+            weight,
             labels.t(),
             vocab_size=self.description.vocab_size,
             logit_scale=self.description.logit_scale,
