@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+FURTHER_LAYERS = "layers that predict tokens further ahead (MTP)"
 PRE_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
 
 
@@ -186,7 +187,7 @@ def decoder_rules(description: MegatronDescription, padding: Padding, names: Ten
     if description.further_layers:
         first = description.transformer["num_layers"]
         numbers = "|".join(str(first + index) for index in range(description.further_layers))
-        rules.append(Drop(rf"model\.layers\.({numbers})\..*", "layers that predict tokens further ahead (MTP)", told=True))
+        rules.append(Drop(rf"model\.layers\.({numbers})\..*", FURTHER_LAYERS, told=True))
     if description.head_bias:
         rules.append(PaddedRows("output_layer.bias", "lm_head.bias", description.vocab_size, padding.vocab))
     for layer in range(description.transformer["num_layers"]):

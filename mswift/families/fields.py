@@ -47,6 +47,7 @@ _SAID_OTHERWISE = {
         "full_attention_interval",
     ),
     "no_rope_layers": ("no_rope_layer_interval",),
+    "moe_layers": ("interleave_moe_layer_step",),
     "hidden_activation": ("hidden_act",),
 }
 """A field that is read, and what transformers makes it from."""

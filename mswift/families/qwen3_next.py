@@ -7,12 +7,12 @@ from typing import Any
 from mswift.conversion.rules import Drop
 from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription, NormStyle
-from mswift.families.common import TensorNames, decoder_family, describe_decoder, field_of, rotations
+from mswift.families.common import FURTHER_LAYERS, TensorNames, decoder_family, describe_decoder, field_of, rotations
 from mswift.families.delta_nets import delta_fields
 from mswift.families.mixtures import mixture_fields, sparse_layers
 
 NORM = NormStyle(zero_centred=True)
-MTP = (Drop(r"mtp\..+", "layers that predict further tokens; transformers has none of them, and the model does not need them"),)
+MTP = (Drop(r"mtp\..+", FURTHER_LAYERS, told=True),)
 KINDS = ("linear_attention", "full_attention")
 
 

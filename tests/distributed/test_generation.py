@@ -105,7 +105,7 @@ def test_an_adapter_answers_alike_on_two_ranks(checkpoint: Path, expected: list[
     assert alone != expected
 
 
-@pytest.mark.parametrize("case", ["deepseek_v3/plain"])
+@pytest.mark.parametrize("case", ["deepseek_v3/plain", "llama4_text/plain"])
 def test_latent_attention_and_chunks_answer_alike_on_two_ranks(case: str, tmp_path: Path) -> None:
     kind, changes = options_of(case)
     directory = make_checkpoint(tmp_path / "model", kind, **changes)

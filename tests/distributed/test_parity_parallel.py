@@ -14,7 +14,7 @@ TP2, PP2, EP2 = (2, {"tp": 2}), (2, {"pp": 2}), (2, {"ep": 2})
 SP2 = (2, {"tp": 2, "sequence_parallel": True})
 MIXTURES = (  # over TP with split sequences only
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1", "minimax_m2", "deepseek_v2", "deepseek_v3", "qwen3_next"),
-    *("qwen3_5_moe_text", "gpt_oss", "ernie4_5_moe", "granitemoe", "phimoe", "hunyuan_v1_moe"),
+    *("qwen3_5_moe_text", "gpt_oss", "ernie4_5_moe", "granitemoe", "phimoe", "hunyuan_v1_moe", "llama4_text"),
 )
 PLAIN = [(f"{family}/plain", layout) for family in CASES for layout in (SP2 if family in MIXTURES else TP2, PP2)]  # TP2 pads 3 groups of heads to 4
 SPECIAL = [
@@ -51,6 +51,7 @@ SPECIAL = [
     ("qwen3_next/not-normalised-some-dense", (2, {"pp": 2, "vpp": 2})),
     ("deepseek_v3/halves-biases", SP2),
     ("deepseek_v3/dense", TP2),
+    ("llama4_text/dense", TP2),
     ("deepseek_v3/no-narrow-queries", (4, {"tp": 2, "pp": 2, "sequence_parallel": True})),
     ("gpt_oss/one-group", SP2),
     ("gpt_oss/plain", (4, {"ep": 2, "etp": 2, "tp": 2, "sequence_parallel": True})),

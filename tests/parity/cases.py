@@ -31,6 +31,16 @@ _LATENT = {
     "v_head_dim": 18,
 }
 _STRETCHED = {**_YARN, "original_max_position_embeddings": 64, "mscale": 1.3, "mscale_all_dim": 0.8}
+_LLAMA4 = {
+    "num_local_experts": 4,
+    "intermediate_size": 28,
+    "intermediate_size_mlp": 48,
+    "no_rope_layer_interval": 3,
+    "attention_chunk_size": 6,
+    "floor_scale": 5,
+    "attn_scale": 0.7,
+    "rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 32},
+}
 _NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 _LONGROPE = {
     "rope_type": "longrope",
@@ -174,6 +184,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "topk_group": 2,
         },
         "lite": {**_ROUTED, **_LATENT, "norm_topk_prob": False, "q_lora_rank": None, "attention_bias": True},
+    },
+    "llama4_text": {
+        "plain": {**_LLAMA4, "interleave_moe_layer_step": 2},
+        "no-norms-biases": {**_LLAMA4, "use_qk_norm": False, "attention_bias": True, "no_rope_layers": [1] * 4},
+        "dense": {**_LLAMA4, "moe_layers": [], "attention_chunk_size": None, "no_rope_layers": [0, 1, 1, 0], "floor_scale": 3},
     },
     "dots1": {"plain": {**_ROUTED, "sliding_window": 6, "layer_types": _MIXED, "n_group": 1}},
     "minimax_m2": {

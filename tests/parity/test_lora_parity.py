@@ -50,6 +50,7 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
         2,
         {"tp": 2, "sequence_parallel": True, "lora": LORA},
     ),
+    "llama4-tp2": (*options_of("llama4_text/plain"), 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
     "cohere-tp2-parallel": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}, 2, {"tp": 2, "lora": LORA}),
 }
 

@@ -26,6 +26,10 @@ def swap_gate_and_up(rule: AnyRule) -> AnyRule:
     return replace(rule, gate=rule.up, up=rule.gate) if isinstance(rule, FusedGateUp) else rule
 
 
+def another_order(rule: AnyRule) -> AnyRule:
+    return replace(rule, index=(rule.index + 1) % rule.count) if isinstance(rule, Slab) else rule
+
+
 def swap_keys_and_values(rule: AnyRule) -> AnyRule:
     return replace(rule, k=rule.v, v=rule.k) if isinstance(rule, FusedQKV) else rule
 
@@ -116,6 +120,10 @@ def router(**changes: Any) -> Change:
     return lambda description: replace(description, router=replace(description.router, **changes))
 
 
+def weighed_output(description: Any) -> Any:
+    return replace(description, transformer={**description.transformer, "moe_apply_probs_on_input": False})
+
+
 DESCRIPTIONS: dict[str, tuple[str, Change]] = {
     "a window of one token more": ("mistral/windows", wider_window),
     "a norm without its one": ("gemma/plain", centred_at_one),
@@ -154,6 +162,19 @@ DESCRIPTIONS: dict[str, tuple[str, Change]] = {
     "a usual softmax in a corrected router": ("ernie4_5_moe/plain", router(floor=1.0)),
     "scores of a mixture by the usual scale": ("granitemoe/plain", another_scale),
     "two experts by a plain softmax": ("phimoe/near", router(jitter=1e9)),
+    "chunks of one token more": (
+        "llama4_text/plain",
+        lambda d: attention(chunk_of_layer=tuple(chunk and chunk + 1 for chunk in d.attention.chunk_of_layer))(d),
+    ),
+    "windows in place of chunks": (
+        "llama4_text/plain",
+        lambda d: attention(chunk_of_layer=None)(
+            replace(d, transformer={**d.transformer, "window_size": (5, 0), "window_attn_skip_freq": [1, 1, 0, 1]})
+        ),
+    ),
+    "growth of the queries in rotated layers too": ("llama4_text/plain", attention(factor_of_layer=None)),
+    "no norm behind the rotation": ("llama4_text/plain", attention(head_norm=None)),
+    "the output of an expert weighed, not its input": ("llama4_text/plain", weighed_output),
     "no growth of the queries": ("ministral3/plain", attention(query_factor=None)),
 }
 
@@ -169,6 +190,7 @@ def next_expert(rule: AnyRule) -> AnyRule:
 
 
 RULES: dict[str, tuple[str, Change]] = {
+    "experts in another order": ("llama4_text/plain", another_order),
     "gate and up swapped": ("llama/plain", swap_gate_and_up),
     "keys and values swapped": ("qwen3/plain", swap_keys_and_values),
     "gates taken for queries": ("qwen3_5_text/plain", swap_queries_and_gates),

@@ -42,6 +42,7 @@ CASES = (
     ("gpt_oss/plain", "bfloat16"),
     ("granitemoe/biases", "float32"),
     ("phimoe/plain", "bfloat16"),
+    ("llama4_text/plain", "bfloat16"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"tp1": (1, {}), "tp4": (4, {"tp": 4}), "tp2-pp2": (4, {"tp": 2, "pp": 2})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def _config(**fields: Any) -> Any:
     return TransformerConfig(**{**sizes, **fields})
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, window: int | None, hidden: Tensor | None, scale: float) -> Tensor:
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, chunk: int | None, padding: list[int], hidden: Tensor | None, scale: float
+) -> Tensor:
     """Scores, mask and softmax written out; ``[sq, b, heads, dim]`` -> ``[sq, b, heads * dim]``."""
     sq, batch, heads, _ = query.shape
     sk, _, groups, _ = key.shape
@@ -32,6 +35,9 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, window: int | Non
             distance = i + sk - sq - j
             if distance < 0 or (window is not None and distance >= window):
                 scores[:, :, i, j] = -torch.inf
+            for row, first in enumerate(padding):
+                if chunk is not None and (i + sk - sq - first) // chunk != (j - first) // chunk:
+                    scores[row, :, i, j] = -torch.inf
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     return torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), value).reshape(sq, batch, -1)
@@ -45,27 +51,26 @@ def _attention(rank: int, world: int) -> list[float]:
     from mswift.families.modules import SdpaAttention
 
     generator, found = torch.Generator().manual_seed(0), []
-    for window, fields in WINDOWS.items():
-        for scale in (None, 0.7):
-            attention = SdpaAttention(_config(num_query_groups=2, **fields), 1, None, "self", softmax_scale=scale).eval()
-            for sq, sk in SHAPES:
-                query, key, value = (
-                    torch.randn(*shape, 10, generator=generator, dtype=torch.float64) for shape in ((sq, 3, 4), (sk, 3, 2), (sk, 3, 2))
-                )
-                for padding in (None, torch.tensor([0, 2, 0])):
-                    hidden = None
-                    if padding is not None:
-                        places = torch.arange(sk)
-                        hidden = (places < padding[:, None])[:, None, None, :] & (places[sk - sq :, None] != places)
-                    expected = plain_attention(query, key, value, window, hidden, scale or 10**-0.5)
-                    found.append(float((attention(query, key, value, hidden) - expected).abs().max()))
+    for window, chunk, scale in itertools.product(WINDOWS, (None, 3), (None, 0.7)):
+        own: dict[str, Any] = {"softmax_scale": scale, "chunk_of_layer": None if chunk is None else (chunk, None)}
+        attention = SdpaAttention(_config(num_query_groups=2, **WINDOWS[window]), 1, None, "self", **own).eval()
+        for sq, sk in SHAPES:
+            query, key, value = (torch.randn(*shape, 10, generator=generator, dtype=torch.float64) for shape in ((sq, 3, 4), (sk, 3, 2), (sk, 3, 2)))
+            for padding in (None, torch.tensor([0, 2, 0])):
+                hidden = None
+                if padding is not None:
+                    places = torch.arange(sk)
+                    hidden = (places < padding[:, None])[:, None, None, :] & (places[sk - sq :, None] != places)
+                columns = [0, min(2, sk - 1), 0] if padding is not None else [0] * 3
+                expected = plain_attention(query, key, value, window, chunk, columns, hidden, scale or 10**-0.5)
+                found.append(float((attention(query, key, value, hidden) - expected).abs().max()))
     return found
 
 
 def test_core_attention() -> None:
-    """Causal, windowed, with the last query at the last key, with padding on the left, with a scale of its own."""
+    """Causal, in windows and chunks, with the last query at the last key, with padding on the left, with a scale of its own."""
     errors = run_distributed(_attention, 1)[0]
-    assert len(errors) == len(WINDOWS) * 2 * len(SHAPES) * 2
+    assert len(errors) == len(WINDOWS) * 2 * 2 * len(SHAPES) * 2
     assert max(errors) < 1e-12
 
 

@@ -40,7 +40,7 @@ def ids_of(answers: Sequence[Answer]) -> list[list[int]]:
         *("llama/plain", "qwen2/plain", "qwen3/plain", "gemma2/plain", "gemma3_text/scaled", "cohere2/plain", "cohere/head-norms", "olmo3/plain"),
         *("ministral3/plain", "phi3/longrope-short", "phi3/longrope-long", "smollm3/plain", "starcoder2/plain", "glm4/plain", "granite/plain"),
         *("mixtral/windows", "qwen2_moe/normalised-some-dense", "qwen3_next/not-normalised-some-dense", "qwen3_5_text/plain"),
-        *("deepseek_v3/plain", "deepseek_v3/no-narrow-queries", "deepseek_v2/lite"),
+        *("deepseek_v3/plain", "deepseek_v3/no-narrow-queries", "deepseek_v2/lite", "llama4_text/plain", "llama4_text/dense"),
     ],
 )
 def test_greedy_answers_equal_those_of_transformers(
