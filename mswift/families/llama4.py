@@ -34,10 +34,9 @@ def describe(hf: HfConfig) -> MegatronDescription:
         factor_of_layer=tuple(not rotated[layer] for layer in layers),
         chunk_of_layer=tuple(chunk if kind == "chunked_attention" else None for kind in hf.layer_types),
     )
-    mixture = mixture_fields(
-        hf, experts=hf.num_local_experts, topk=1, ffn_size=hf.intermediate_size, layers=[int(layer in hf.moe_layers) for layer in layers]
-    )
-    sigmoid = {"moe_router_score_function": "sigmoid", "moe_apply_probs_on_input": True}
+    sparse = [int(layer in hf.moe_layers) for layer in layers]
+    mixture = mixture_fields(hf, experts=hf.num_local_experts, topk=1, ffn_size=hf.intermediate_size, layers=sparse, normalised=False)
+    sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False, "moe_apply_probs_on_input": True}
     shared = {"moe_shared_expert_intermediate_size": hf.intermediate_size}
     return describe_decoder(
         hf,
