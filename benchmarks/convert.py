@@ -88,8 +88,9 @@ def make_model(config: dict[str, Any], folder: Path) -> None:
     from mswift.conversion.file_plan import index_of, plan_files
     from mswift.conversion.safetensors_io import ShardWriter, TensorSpec
 
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) == config:
         return
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     block = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     files = plan_files([{name: TensorSpec(torch.bfloat16, shape) for name, shape in tensors_of(config)}], 10**9)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mswift.engines.megatron_model import MegatronModel
 
 NOTE_FILE = "mswift.json"
+_PART = 5 * 10**8  # bytes of a file: several, so that the disk writes one while the next is read
 _FACTORS = (".lora_a", ".lora_b")
 _LAYOUT_FREE = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
@@ -80,7 +81,7 @@ def write_checkpoint(
             check_space(draft, int(own) // model.groups.layout.dp - written)
 
     agree(attempt(begin), f"writing {directory}")
-    writer = PartsWriter(draft / MCORE_WEIGHTS, parse_size(max_shard_size), model.ensure, progress)
+    writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model.ensure, progress)
     state = {**_sharded(model), "content_metadata": _LAYOUT_FREE, "checkpoint_version": 3.0, "iteration": 0}
     try:
         save_state(state, draft / MCORE_WEIGHTS, f"writing {directory}", writer=writer)

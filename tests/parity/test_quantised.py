@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptq": ("gptq-activation-order", "llama", {}),
     "awq": ("awq", "qwen2", {"hidden_size": 120}),
     "nf4": ("nf4-double", "qwen3", {"tie_word_embeddings": True}),
+    "mxfp4-experts": ("mxfp4", "gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 96, "intermediate_size": 64}),
 }
 LAYOUTS = {"tp1": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "ep2": (2, {"ep": 2})}
 

@@ -228,7 +228,7 @@ def coded_weight(module: str, weight: np.ndarray, *, kind: str = "nf4", block: i
 
 def microscaled_weight(module: str, weight: np.ndarray) -> Made:
     """weight: ``[experts, inputs, outputs]``."""
-    name = module.replace("down_proj", "experts.gate_up_proj")
+    name = module if "experts." in module else module.replace("down_proj", "experts.gate_up_proj")
     table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
     blocks = weight.transpose(0, 2, 1).reshape(weight.shape[0], weight.shape[2], -1, 32)
     exponents = (np.floor(np.log2(np.abs(blocks).max(-1))) - 2).astype(np.int64)
@@ -376,7 +376,7 @@ def quantise_checkpoint(plain: Path, target: Path, case: str) -> Path:
     stored: Tensors = {}
     values: Tensors = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
+        if name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj")) and (case != "mxfp4" or tensor.dim() == 3):
             made = CASES[case].made(name.removesuffix(".weight"), tensor.float().numpy())
             stored |= made.stored
             values[name] = torch.from_numpy(made.expected).to(tensor.dtype)
