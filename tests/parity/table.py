@@ -27,7 +27,7 @@ the gradient of every tensor (1e-4), adapters in `peft`, greedy answers, and the
 
 Not supported in any of them: fp16 weights, context parallelism, dropout other than in attention. Rotary types:
 default, linear, llama3, yarn, dynamic, longrope (the length of the prompt decides for the whole answer), partial, interleaved, one a layer type.
-Layers that predict further ahead (MTP) are left out, which is said. Routers of phimoe choose in training as in evaluation, without jitter and sampling.
+Layers that predict further ahead (MTP) are left out, which is said. In training, routers of phimoe choose as in evaluation: no jitter, no sampling.
 
 | family | architectures | variants | logits | loss | layouts |
 |---|---|---|---|---|---|
