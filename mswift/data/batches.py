@@ -21,16 +21,17 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows side by side, padded on the right. All tensors are ``[b, s]``.
+    """Rows side by side, padded on the right, or end to end. All tensors are ``[b, s]``, end to end ``[1, t]``.
 
     Attributes:
         input_ids: int64.
         labels: int64; ``labels[:, t]`` is the token after ``input_ids[:, t]``, -100 where its weight is 0.
         weights: float32; how much ``labels[:, t]`` counts, 0 on padding and at the last place of a row.
-        position_ids: int64, 0 to s-1 in every row.
+        position_ids: int64, from 0 in every row.
         index: number of this micro batch inside the global batch, over all data-parallel ranks.
         num_tokens: tokens that are not padding.
         rows: positions in the data set, one for each row; empty for a filler that keeps the ranks in step.
+        cu_seqlens: int32 ``[rows + 1]`` on the CPU, where each row begins if they lie end to end (padding is a row of its own); None: side by side.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +41,7 @@ class MicroBatch:
     index: int
     num_tokens: int
     rows: list[int]
+    cu_seqlens: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same with its tensors on `device`."""

@@ -22,7 +22,7 @@ from mswift.engines.base import StepResult
 from mswift.engines.megatron_model import MegatronModel
 from mswift.errors import CheckpointError, ConfigError
 from mswift.families.model import global_name, shard_of
-from mswift.families.modules import CausalLM
+from mswift.families.modules import CausalLM, packed_rows
 from mswift.objectives.base import Objective, Outputs
 from mswift.tuners.lora import lora_modules
 
@@ -120,7 +120,8 @@ class MegatronEngine:
         def forward_step(batch_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
             batch = next(batch_iterator).to(self.device)
             torch.manual_seed(micro_batch_seed(self.seed, step, batch.index))
-            output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels)
+            packed = None if batch.cu_seqlens is None else packed_rows(batch.cu_seqlens, self.device)
+            output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
             return output, functools.partial(self._loss, batch, objective)
 
         return self._schedule(

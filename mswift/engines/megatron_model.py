@@ -33,7 +33,7 @@ from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
 from mswift.families.fields import describe_checked
 from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, shard_of, transformer_config
-from mswift.families.modules import CausalLM
+from mswift.families.modules import CausalLM, packed_rows
 from mswift.log import is_main_process
 from mswift.parallel.groups import Groups
 from mswift.runtime.device import Runtime
@@ -140,13 +140,19 @@ class MegatronModel:
             for name, tensor, _ in base_parameters(chunk, self.groups):
                 yield name, tensor.detach()
 
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """fp32 ``[b, s, vocabulary]`` of int64 ``[b, s]`` without dropout, on the last pipeline stage; None on the others. Collective."""
+    def logits(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor | None:
+        """fp32 ``[b, s, vocabulary]`` of int64 ``[b, s]`` without dropout, on the last pipeline stage; None on the others. Collective.
+
+        Args:
+            cu_seqlens: where each row begins if `input_ids` ``[1, t]`` are rows end to end; see `MicroBatch`.
+        """
         positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape).to(self.runtime.device)
         ids = input_ids.to(self.runtime.device)
 
+        packed = None if cu_seqlens is None else packed_rows(cu_seqlens, self.runtime.device)
+
         def forward_step(_batches: Any, chunk: CausalLM) -> tuple[torch.Tensor, Any]:
-            return chunk(ids, positions, None, runtime_gather_output=True), lambda logits, non_loss_data: logits
+            return chunk(ids, positions, None, runtime_gather_output=True, packed_seq_params=packed), lambda logits, non_loss_data: logits
 
         for chunk in self.chunks:
             chunk.eval()

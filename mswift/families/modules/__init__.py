@@ -9,6 +9,7 @@ from mswift.families.modules.latent import LatentAttention
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
 from mswift.families.modules.mixture import BiasedExpertRowLinear, StyledRouter
 from mswift.families.modules.norms import HeadNorm, Norm
+from mswift.families.modules.packed import packed_rows
 from mswift.families.modules.rotary import RotaryTables
 from mswift.families.modules.routers import GroupedRouter
 
@@ -28,4 +29,5 @@ __all__ = [
     "RotaryTables",
     "SdpaAttention",
     "StyledRouter",
+    "packed_rows",
 ]

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from mswift.errors import ConfigError
 from mswift.families.base import AttentionStyle
 from mswift.families.modules.norms import HeadNorm, Norm
+from mswift.families.modules.packed import PackedRows
 from mswift.families.modules.rotary import rotate
+from mswift.kernels.packed_attention import packed_attention, written_out
 from mswift.runtime.precision import widen
 
 
@@ -76,42 +78,39 @@ class SdpaAttention(MegatronModule):
             query: ``[sq, b, heads, dim]``. key, value: ``[sk, b, groups, dim]``, sk >= sq.
             attention_mask: bool ``[b or 1, 1, sq, sk]``, True = hidden, on top of the causal mask; None: nothing more is hidden. Where attention
                 goes by chunks, what is hidden from the last query is padding on the left, and chunks begin behind it.
+            packed_seq_params: rows lie end to end; then query is ``[t, heads, dim]``, key and value ``[t, groups, dim]``, and there is no mask.
 
         Returns:
-            ``[sq, b, heads * dim]``.
+            ``[sq, b, heads * dim]``, or ``[t, heads * dim]``.
         """
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
         sq, batch, heads, _ = query.shape
         sk, _, groups, _ = key.shape
         q, k, v = (widen(t).permute(1, 2, 0, 3) for t in (query, key, value))
         # SDPA's own causal flag says all that there is to say of a plain square, and one query at the end sees everything
         plain = attention_mask is None and sk <= self._span(sk) and sq in (1, sk)
         if self.softcap is not None or self.softmax_offset is not None:
-            out = self._written_out(q, k, v, self._visible(sq, sk, attention_mask, query.device))
+            visible = self._visible(sq, sk, attention_mask, query.device)
+            out = written_out(q, k, v, visible, scale=self.scale, softcap=self.softcap, sinks=self.softmax_offset, dropout_p=self._dropout)
         else:
             visible = None if plain else self._visible(sq, sk, attention_mask, query.device)
-            p = self.dropout if self.training else 0.0
-            causal = plain and sq > 1
-            gqa = groups != heads
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=gqa)
+            settings = {"dropout_p": self._dropout, "is_causal": plain and sq > 1, "scale": self.scale, "enable_gqa": groups != heads}
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **settings)
         return out.permute(2, 0, 1, 3).reshape(sq, batch, -1).to(query.dtype)
+
+    @property
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        q, k, v = (widen(part) for part in (query, key, value))
+        limits: dict[str, Any] = {"window": self.window, "chunk": self.chunk, "softcap": self.softcap, "sinks": self.softmax_offset}
+        return packed_attention(q, k, v, cu_seqlens, scale=self.scale, dropout_p=self._dropout, **limits).flatten(1).to(query.dtype)
 
     def _span(self, sk: int) -> int:
         """Keys that a query sees of `sk` at most, itself included."""
         return min(limit for limit in (sk, self.window, self.chunk) if limit is not None)
-
-    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """With a cap on the scores or with sinks, for which torch's own attention has no place; scores ``[b, heads, sq, sk]`` are stored."""
-        repeats = q.shape[1] // k.shape[1]
-        k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
-        scale = self.scale or q.shape[-1] ** -0.5
-        scores = torch.matmul(q, k.transpose(2, 3))
-        scores = scores * scale if self.softcap is None else torch.tanh(scores * (scale / self.softcap)) * self.softcap
-        scores = scores.masked_fill(~visible, -torch.inf)
-        if self.softmax_offset is not None:
-            sinks = self.softmax_offset.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-            scores = torch.cat((scores, sinks), dim=-1)
-        weights = scores.softmax(-1, dtype=torch.float32)[..., : k.shape[2]]
-        return torch.matmul(F.dropout(weights, self.dropout, self.training).to(v.dtype), v)
 
     def _visible(self, sq: int, sk: int, hidden: Tensor | None, device: torch.device) -> Tensor:
         """bool ``[sq, sk]``, or ``[b or 1, 1, sq, sk]`` where more is hidden: True = may look."""
@@ -138,6 +137,12 @@ class RotatedAttention(Attention):
         self.style = style
         self.rotation = style.rotation_of_layer[self.layer_number - 1]
         self.has_factor = style.factor_of_layer is None or style.factor_of_layer[self.layer_number - 1]
+        self._packed: PackedRows | None = None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """As megatron's; what is said of packed rows is kept for the step in the middle, which is not told of it."""
+        self._packed = packed_seq_params
+        return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     def _adjust_key_value_for_inference(
         self,
@@ -159,7 +164,8 @@ class RotatedAttention(Attention):
         if self.style.norm_last:
             query, key = self.rotated_q_layernorm(query), self.rotated_k_layernorm(key)
         if self.style.query_factor is not None and self.has_factor:
-            positions = torch.arange(start, start + query.shape[0], device=query.device)[:, None]
+            positions = torch.arange(start, start + query.shape[0], device=query.device) if self._packed is None else self._packed.positions
+            positions = positions[:, None]
             positions = positions if padding is None else (positions - padding).clamp(min=0)
             query = query * self.style.query_factor(positions).to(query.dtype)[:, :, None, None]
         return super()._adjust_key_value_for_inference(inference_context, query, key, value, None, *args, **kwargs)

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor, nn
 
 from mswift.families.base import MegatronDescription
+from mswift.families.modules.packed import PackedRows
 from mswift.kernels.linear_log_probs import linear_log_probs
 
 
@@ -27,10 +28,11 @@ class CausalLM(GPTModel):
             self.output_layer.bias = nn.Parameter(torch.empty(self.output_layer.output_size_per_partition, **like))
             set_tensor_model_parallel_attributes(self.output_layer.bias, True, 0, 1)
 
-    def forward(self, *args: Any, inference_context: Any = None, **kwargs: Any) -> Tensor:
-        """As GPTModel; in answering it is the prompt that decides which rotary frequencies hold."""
+    def forward(self, *args: Any, inference_context: Any = None, packed_seq_params: PackedRows | None = None, **kwargs: Any) -> Tensor:
+        """As GPTModel; in answering it is the prompt that decides which rotary frequencies hold, and in packed rows each row."""
         self.rotary_pos_emb.length = None if inference_context is None else inference_context.rotary_length
-        return super().forward(*args, inference_context=inference_context, **kwargs)
+        self.rotary_pos_emb.packed = packed_seq_params
+        return super().forward(*args, inference_context=inference_context, packed_seq_params=packed_seq_params, **kwargs)
 
     def _scale_embedding(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return output * torch.tensor(self.description.embedding_scale, dtype=output.dtype, device=output.device)  # rounded as the families do

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mswift.errors import ConfigError
 from mswift.families.modules.layers import BlockedColumnParallelLinear, split_blocks
+from mswift.families.modules.packed import PackedRows
 from mswift.runtime.precision import widen
 
 CHUNK = 64
@@ -27,7 +28,9 @@ _EPSILON = 1e-6  # of the length of queries and keys
 _BLOCKS = ("query", "key", "value", "z", "beta", "alpha")
 
 
-def delta_rule(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, row_of: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The gated delta rule over a sequence, `CHUNK` tokens at a time: rows q, k, v, a matrix S:
     ``S <- exp(log_decay) S``, ``S <- S + k^T beta (v - k S)``, ``o = q S``.
 
@@ -37,6 +40,7 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, bet
         query, key: ``[b, groups, 1, s, key dim]``, of whatever length they should have. value: ``[b, groups, heads of a group, s, value dim]``.
         log_decay, beta: ``[b, groups, heads of a group, s]``; log_decay is not positive.
         state: S before the first token, ``[b, groups, heads of a group, key dim, value dim]``.
+        row_of: int64 ``[s]``, the row of each token where rows lie end to end: each but the first begins with an empty memory. None: one row.
 
     Returns:
         (o, like value; S after the last token).
@@ -48,20 +52,34 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, bet
     log_decay, beta = (F.pad(part, (0, missing)).unflatten(3, (-1, chunk)) for part in (log_decay, beta))
     total = log_decay.cumsum(-1)  # since before the chunk's first token
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=value.device).triu(1)
-    between = (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()
+    since, until = total.exp(), (total[..., -1:] - total).exp()  # how much of what was there before the chunk; of a token, after the chunk
+    through, hidden = since[..., -1], later
+    if row_of is not None:
+        hidden, fresh, forgotten, cut = _borders(row_of, chunk, later)
+        since, until, through = since.masked_fill(fresh, 0.0), until.masked_fill(forgotten, 0.0), through.masked_fill(cut, 0.0)
+    between = (total[..., :, None] - total[..., None, :]).masked_fill(hidden, -torch.inf).exp()
     keys_before = (key @ key.mT) * between * beta[..., None]
-    wanted = torch.cat((value, key * total.exp()[..., None]), dim=-1) * beta[..., None]
+    wanted = torch.cat((value, key * since[..., None]), dim=-1) * beta[..., None]
     solved = torch.linalg.solve_triangular(keys_before, wanted, upper=False, unitriangular=True)
     new, known = solved.split((value.shape[-1], key.shape[-1]), dim=-1)  # corrections of an empty state, and how much of a state they take away
     inside = (query @ key.mT) * between
-    from_state, to_state = query * total.exp()[..., None], key * (total[..., -1:] - total).exp()[..., None]
+    from_state, to_state = query * since[..., None], key * until[..., None]
     outputs = []
     for index in range(value.shape[3]):
         here = (..., index, slice(None), slice(None))
         corrections = new[here] - known[here] @ state
         outputs.append(from_state[here] @ state + inside[here] @ corrections)
-        state = state * total[..., index, -1, None, None].exp() + to_state[here].mT @ corrections
+        state = state * through[..., index, None, None] + to_state[here].mT @ corrections
     return torch.cat(outputs, dim=3)[..., :length, :], state
+
+
+def _borders(row_of: Tensor, chunk: int, later: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What rows cut off in chunks ``[n, chunk]`` of tokens: which token hides from which (later ones too), which see nothing of before the
+    chunk, which are forgotten by its end, and which chunks nothing passes through."""
+    rows = torch.cat((row_of, row_of[-1:].expand(-len(row_of) % chunk))).view(-1, chunk)
+    last = rows[:, -1]
+    before = torch.cat((row_of[:1], last[:-1]))
+    return later | (rows[:, :, None] != rows[:, None, :]), rows != before[:, None], rows != last[:, None], last != before
 
 
 class CausalConvolution(nn.Module):
@@ -81,6 +99,13 @@ class CausalConvolution(nn.Module):
         """`x` ``[b, channels, s]`` after `before` ``[b, channels, kernel - 1]`` -> (the same shape as x, what the next call has before it)."""
         x = torch.cat((before, x), dim=-1)
         return F.silu(F.conv1d(widen(x), widen(self.weight), groups=len(self.weight))), x[..., x.shape[-1] - before.shape[-1] :]
+
+    def rows(self, x: Tensor, packed: PackedRows) -> Tensor:
+        """`x` ``[1, channels, t]`` of rows that lie end to end; none sees what stands before it. Zeros are put between them for that."""
+        gap = self.weight.shape[-1] - 1
+        places = torch.arange(x.shape[2], device=x.device) + packed.row_of * gap
+        wide = x.new_zeros(1, x.shape[1], x.shape[2] + len(packed.lengths) * gap).index_copy(2, places, x)
+        return self(wide, x.new_zeros(1, x.shape[1], gap))[0].index_select(2, places)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         groups = {"tp_group": self.group, "dp_cp_group": (metadata or {})["dp_cp_group"]}
@@ -135,7 +160,9 @@ class DeltaNet(MegatronModule):
         self.out_norm = GatedNorm(config, self.value_dim, self.tp_group)
         self.out_proj = RowParallelLinear(tp * values, config.hidden_size, input_is_parallel=True, skip_bias_add=True, **common)
 
-    def forward(self, hidden_states: Tensor, *_: Any, inference_context: Any = None, **__: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, *_: Any, inference_context: Any = None, packed_seq_params: PackedRows | None = None, **__: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """``[s, b, hidden]`` -> (``[s, b, hidden]``, None); causal, so that padding on the right changes nothing before it."""
         projected, _bias = self.in_proj(hidden_states)
         projected = projected.transpose(0, 1)
@@ -143,8 +170,12 @@ class DeltaNet(MegatronModule):
             projected = _without_padding(projected, inference_context)
         before, state = self._memory(projected, inference_context)
         *qkv, gate, beta, alpha = projected.split(list(self.blocks.values()), dim=-1)
-        mixed, before = self.conv1d(torch.cat(qkv, dim=-1).mT, before)
-        output, state = self._recall(mixed, beta, alpha, state)
+        mixed = torch.cat(qkv, dim=-1).mT
+        if packed_seq_params is None:
+            mixed, before = self.conv1d(mixed, before)
+        else:
+            mixed = self.conv1d.rows(mixed, packed_seq_params)
+        output, state = self._recall(mixed, beta, alpha, state, None if packed_seq_params is None else packed_seq_params.row_of)
         if inference_context is not None:
             inference_context.next_states[self.layer_number] = (before.clone(), state)  # not a view into all that was filtered
         output = self.out_norm(output, gate.unflatten(-1, (self.heads, self.value_dim)))
@@ -160,7 +191,7 @@ class DeltaNet(MegatronModule):
         state = projected.new_zeros(batch, self.groups, per_group, self.key_dim, self.value_dim, dtype=torch.float32)
         return projected.new_zeros(batch, channels, self.kernel - 1), state
 
-    def _recall(self, mixed: Tensor, beta: Tensor, alpha: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _recall(self, mixed: Tensor, beta: Tensor, alpha: Tensor, state: Tensor, row_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The filtered queries, keys and values ``[b, channels, s]`` through the rule: fp32 ``[b, s, heads, value dim]``, and the new state."""
         channels = list(self.conv1d.blocks.values())
         per_group = self.heads // self.groups
@@ -169,7 +200,7 @@ class DeltaNet(MegatronModule):
         value = value.unflatten(1, (self.groups, per_group, self.value_dim)).mT
         decay = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias.float())
         decay, beta = (part.mT.unflatten(1, (self.groups, per_group)) for part in (decay, beta.float().sigmoid()))
-        output, state = delta_rule(query * self.key_dim**-0.5, key, value, decay, beta, state)
+        output, state = delta_rule(query * self.key_dim**-0.5, key, value, decay, beta, state, row_of)
         return output.permute(0, 3, 1, 2, 4).flatten(2, 3), state
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:

@@ -96,11 +96,13 @@ class ParallelBlock(TransformerLayer):
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         inference_context: Any = None,
+        packed_seq_params: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """``[s, b, hidden]`` -> (``[s, b, hidden]``, None)."""
         normed = self.input_layernorm(hidden_states)
-        attention = self.self_attention(normed, attention_mask=attention_mask, inference_context=inference_context, rotary_pos_emb=rotary_pos_emb)
+        handed_on = {"inference_context": inference_context, "rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
+        attention = self.self_attention(normed, attention_mask=attention_mask, **handed_on)
         total = hidden_states
         for output, bias in (attention, self.mlp(normed)):
             total = total + (output if bias is None else output + bias)

@@ -9,6 +9,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor, nn
 
 from mswift.families.base import Rotation
+from mswift.families.modules.packed import PackedRows
 
 _MAX_TABLES = 32
 
@@ -22,15 +23,26 @@ class RotaryTables(nn.Module):
         super().__init__()
         self.rotations, self.device = rotations, device
         self.length: int | None = None
+        self.packed: PackedRows | None = None
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
         """fp32 ``[rotations, 2 (cosine, sine), max_seq_len, rotary dim / 2]``.
 
         Where frequencies depend on the length of the sequence that is `length` if it is set (a prompt: the room for its answer does not
-        count), else `max_seq_len`.
+        count), else `max_seq_len`. Where rows are `packed` there is an entry for each token, after its place in its row and by the length of
+        this row.
         """
-        length = self.length or max_seq_len
+        if self.packed is not None:
+            return self._packed_table(self.packed)
+        return self._tables(max_seq_len, self.length or max_seq_len)
+
+    def _packed_table(self, packed: PackedRows) -> Tensor:
+        if all(rotation.limit is None or packed.max_seqlen_q <= rotation.limit for rotation in self.rotations):
+            return self._tables(packed.max_seqlen_q, packed.max_seqlen_q)[:, :, packed.positions]
+        return torch.cat([self._tables(length, length) for length in packed.lengths], dim=2)
+
+    def _tables(self, max_seq_len: int, length: int) -> Tensor:
         key = (max_seq_len, *(rotation.variant(length) for rotation in self.rotations))
         if key not in self._known:
             if len(self._known) == _MAX_TABLES:

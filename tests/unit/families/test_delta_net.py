@@ -20,6 +20,7 @@ from tests.parity.cases import options_of
 from tests.parity.reference import distance
 from tests.tiny import config_of, make_model
 
+ROWS = (30, 70, 28, 64, 1, 0, 5, 150, 3)
 LENGTHS = (1, 2, 63, 64, 65, 150)
 HEADS, KEY_DIM, VALUE_DIM = (2, 3), 5, 7  # two key heads, three value heads on each
 
@@ -74,6 +75,27 @@ def test_the_chunked_rule_is_the_rule() -> None:
     figures = run_distributed(_rules, 1)[0]
     assert len(figures) == 3 * len(LENGTHS)
     assert max(max(figure) for figure in figures) < 1e-11
+
+
+def _rows(rank: int, world: int) -> list[float]:
+    from mswift.families.modules.delta_net import delta_rule
+
+    inputs = _inputs(sum(ROWS), 0.3, torch.float64)
+    weights = torch.linspace(-1, 1, VALUE_DIM, dtype=torch.float64)
+    parts = [part.requires_grad_() for part in inputs[:5]]
+    begin = torch.zeros_like(inputs[5])
+    row_of = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS))
+    packed, _ = delta_rule(*parts, begin, row_of)
+    bounds = [(sum(ROWS[:i]), sum(ROWS[: i + 1])) for i in range(len(ROWS)) if ROWS[i]]
+    alone = [delta_rule(*(p[..., a:b, :] for p in parts[:3]), *(p[..., a:b] for p in parts[3:]), begin)[0] for a, b in bounds]
+    wanted = torch.cat(alone, dim=3)
+    ours, theirs = (torch.autograd.grad((output * weights).sum(), parts) for output in (packed, wanted))
+    return [distance(packed, wanted), *(distance(a, b) for a, b in zip(ours, theirs))]
+
+
+def test_rows_end_to_end_begin_with_an_empty_memory() -> None:
+    """Rows that end inside a chunk, at its end, that fill several, of one token and of none."""
+    assert max(run_distributed(_rows, 1)[0]) < 1e-12
 
 
 def _gradients(rank: int, world: int) -> list[bool]:
