@@ -91,12 +91,12 @@ class SdpaAttention(MegatronModule):
         # SDPA's own causal flag says all that there is to say of a plain square, and one query at the end sees everything
         plain = attention_mask is None and sk <= self._span(sk) and sq in (1, sk)
         if self.softcap is not None or self.softmax_offset is not None:
-            visible = self._visible(sq, sk, attention_mask, query.device)
-            out = written_out(q, k, v, visible, scale=self.scale, softcap=self.softcap, sinks=self.softmax_offset, dropout_p=self._dropout)
+            seen = self._visible(sq, sk, attention_mask, query.device)
+            out = written_out(q, k, v, seen, scale=self.scale, softcap=self.softcap, sinks=self.softmax_offset, dropout_p=self._dropout)
         else:
             visible = None if plain else self._visible(sq, sk, attention_mask, query.device)
-            settings = {"dropout_p": self._dropout, "is_causal": plain and sq > 1, "scale": self.scale, "enable_gqa": groups != heads}
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **settings)
+            causal, gqa = plain and sq > 1, groups != heads
+            out = F.scaled_dot_product_attention(q, k, v, visible, self._dropout, causal, scale=self.scale, enable_gqa=gqa)
         return out.permute(2, 0, 1, 3).reshape(sq, batch, -1).to(query.dtype)
 
     @property

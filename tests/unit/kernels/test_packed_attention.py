@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def token_by_token(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], options: 
     """The definition: each query, each head, a softmax over what it sees."""
     window, chunk, cap, sinks = (options.get(name) for name in ("window", "chunk", "softcap", "sinks"))
     rows = []
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in itertools.pairwise(bounds):
         for t in range(start, end):
             first = max(start, t - (window or t + 1) + 1, start + (t - start) // chunk * chunk if chunk else start)
             heads = []
