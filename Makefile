@@ -11,6 +11,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+BUILT := $(VENV)/.built
+SOURCES := $(shell find csrc -type f -not -name '*.o')
 VLLM := .venv-vllm
 LOG := $(VENV)/setup.log
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,9 +23,9 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 	@echo "others:     make setup, make lint, make test-all (with the slow tests), make clean"
 
-setup: $(STAMP)
+setup: $(BUILT)
 
-$(STAMP): requirements.lock pyproject.toml setup.py
+$(STAMP): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $(PYTHON) is missing or older than 3.11; install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
@@ -34,9 +36,13 @@ $(STAMP): requirements.lock pyproject.toml setup.py
 	@$(BIN)/pip install -r requirements.lock 2>&1 | tee $(LOG) | awk -v total=$$(grep -c == requirements.lock) \
 		'/^(Collecting|Processing)/ && ++n % 10 == 0 { print "[setup] " n " of " total " packages found" } \
 		 /^Installing collected/ { print "[setup] installing" } /^ERROR/ { print } { fflush() }'
-	@echo "[setup] mswift itself, from this folder"
-	@$(BIN)/pip install --quiet --no-deps --no-build-isolation -e . >> $(LOG) 2>&1 || { cat $(LOG) >&2; exit 2; }
 	@touch $(STAMP)
+
+$(BUILT): $(STAMP) pyproject.toml setup.py $(SOURCES)
+	@echo "[setup] mswift itself, from this folder, and its kernels"
+	@$(BIN)/pip install --no-deps --no-build-isolation -v -e . >> $(LOG) 2>&1 || { cat $(LOG) >&2; exit 2; }
+	@echo "[setup] kernels: $$(cat mswift/kernels/_build.txt)"
+	@touch $(BUILT)
 
 demo: setup
 	@$(BIN)/python examples/demo.py
@@ -59,6 +65,6 @@ $(VLLM)/.set-up: tests/vllm.lock
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info mswift/kernels/*.so mswift/kernels/_build.txt $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	@echo "$(VENV)/ and output/ stay; remove them by hand if they are not needed"

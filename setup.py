@@ -1,5 +1,138 @@
-"""Builds the compiled extensions, of which there are none yet; everything else about the package is in pyproject.toml."""
+"""Builds the compiled kernels of csrc/ into the package; everything else about it is in pyproject.toml.
 
-from setuptools import setup
+Never a reason not to install: without a compiler, on another processor than x86-64, or where torch is not there to build against, the
+package goes in without them, `mswift/kernels/_build.txt` says why, and the plain-torch reference is used. The kernels belong to the torch
+they were built against. Under build isolation torch is not among the build requirements (pip would fetch another one): that of the
+environment to install into is used, and it must be there first.
 
-setup(ext_modules=[])
+    MSWIFT_BUILD=0          do not build           MSWIFT_BUILD=1   fail if the build fails
+    MSWIFT_CUDA=0|1         without | with the CUDA kernels, whatever is found
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+WANTED = os.environ.get("MSWIFT_BUILD", "auto")
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+
+
+def add_tools_to_path() -> None:
+    """ninja lies beside the interpreter, which need not be on PATH."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def find_torch() -> bool:
+    """Import torch: from the build environment, or under build isolation from the environment that the package goes into."""
+    for place in ("", sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        if place and place not in sys.path:
+            sys.path.append(place)
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            continue
+        return True
+    return False
+
+
+def hindrance() -> str | None:
+    """Why the kernels cannot be built here; None: they can."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if WANTED == "0":
+        return "MSWIFT_BUILD=0"
+    if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+        return f"{sys.platform} on {platform.machine()}; the kernels are for Linux on x86-64"
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler})"
+    if not find_torch():
+        return "torch was not installed in this environment when the package was"
+    return None
+
+
+def build_cuda(into: Path) -> str:
+    """The hook for csrc/cuda: compile `libmswift_cuda.so` into the package; one line of what came of it."""
+    return "no CUDA kernels"
+
+
+def make_builder() -> type[build_ext]:
+    """torch's build_ext, which knows torch's headers and flags, made forgiving."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):  # type: ignore[misc]
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **{**kwargs, "no_python_abi_suffix": True})
+
+        def get_ext_filename(self, ext_name: str) -> str:
+            """A library and no module: there is nothing to import in it."""
+            return os.path.join(*ext_name.split(".")[:-1], "libmswift_cpu.so")
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except (OSError, RuntimeError, subprocess.CalledProcessError, SystemExit) as error:
+                self.give_up(error)
+            except Exception as error:  # setuptools and torch have errors of their own for a compiler that fails
+                if "Compile" not in type(error).__name__ and "Link" not in type(error).__name__:
+                    raise
+                self.give_up(error)
+            else:
+                note(self.package_folder(), f"built: CPU kernels; {build_cuda(self.package_folder())}")
+
+        def package_folder(self) -> Path:
+            return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "mswift"
+
+        def give_up(self, error: BaseException) -> None:
+            if WANTED == "1":
+                raise error
+            self.extensions = []
+            note(self.package_folder(), f"the compiler failed: {' '.join(str(error).split())[-300:]}")
+
+    return Build
+
+
+class Without(build_ext):
+    """Builds nothing and leaves a note."""
+
+    def run(self) -> None:
+        self.extensions = []
+        folder = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "mswift"
+        note(folder, str(reason))
+
+
+def note(package: Path, text: str) -> None:
+    print(f"mswift: kernels: {text}")
+    (package / "kernels").mkdir(parents=True, exist_ok=True)
+    (package / "kernels" / "_build.txt").write_text(text + "\n", encoding="utf8")
+
+
+reason = hindrance()
+if reason and WANTED == "1":
+    raise SystemExit(f"error: MSWIFT_BUILD=1, but {reason}")
+sources = ["csrc/ops.cpp", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))]
+headers = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h"))
+if reason:
+    # An extension that is never compiled: with it the wheel is one of this platform, and build_ext runs.
+    setup(ext_modules=[Extension("mswift.kernels._cpu", sources)], cmdclass={"build_ext": Without})
+else:
+    from torch.utils.cpp_extension import CppExtension
+
+    add_tools_to_path()
+    extension = CppExtension(
+        "mswift.kernels._cpu",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        depends=headers,
+        extra_compile_args=FLAGS,
+        extra_link_args=["-fopenmp", "-Wl,--no-undefined", "-Wl,-s"],
+    )
+    setup(ext_modules=[extension], cmdclass={"build_ext": make_builder()})

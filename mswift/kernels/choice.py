@@ -1,0 +1,83 @@
+"""Which implementation of each operator is in use: its compiled kernel or its plain-torch reference (``--kernels auto|reference|LIST``).
+
+An operator says with `register` for which tensors its kernel exists, and asks `compiled` at each call. ``auto`` takes a kernel wherever it
+exists and measurement has shown it to win; a list takes those that it names and the reference for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mswift.errors import ConfigError
+from mswift.kernels import extension
+
+AUTO, REFERENCE = "auto", "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """`fits`: None where the kernel can take these tensors, else why not. `wins`: part of ``auto``."""
+
+    name: str
+    summary: str
+    fits: Callable[..., str | None]
+    wins: bool
+
+
+_operators: dict[str, Operator] = {}
+_chosen: frozenset[str] | None = None  # None: auto
+
+
+def register(name: str, summary: str, fits: Callable[..., str | None], *, wins: bool = True) -> None:
+    """Make an operator known; `fits` gets the tensors of a call (the first one decides the device)."""
+    _operators[name] = Operator(name, summary, fits, wins)
+
+
+def select(setting: str | Iterable[str]) -> None:
+    """What ``--kernels`` says: ``auto``, ``reference``, or names of operators (with commas between them) to run compiled.
+
+    Raises:
+        ConfigError: a name that no operator has.
+    """
+    global _chosen
+    names = [part.strip() for part in setting.split(",")] if isinstance(setting, str) else list(setting)
+    if names == [AUTO]:
+        _chosen = None
+        return
+    chosen = frozenset() if names == [REFERENCE] else frozenset(names)
+    unknown = sorted(chosen - _operators.keys())
+    if unknown:
+        raise ConfigError(f"--kernels: got {', '.join(unknown)}; wanted auto, reference, or some of {', '.join(sorted(_operators))}")
+    _chosen = chosen
+
+
+def selected() -> str:
+    """The setting in force, as `select` takes it."""
+    return AUTO if _chosen is None else ",".join(sorted(_chosen)) or REFERENCE
+
+
+def hindrance(name: str, *tensors: Tensor) -> str | None:
+    """Why the reference of this operator runs for these tensors; None: its kernel does."""
+    operator = _operators[name]
+    if _chosen is None and not operator.wins:
+        return "plain torch is as fast"
+    if _chosen is not None and name not in _chosen:
+        return f"--kernels {selected()}"
+    return extension.missing() or operator.fits(*tensors)
+
+
+def compiled(name: str, *tensors: Tensor) -> bool:
+    """Whether this operator's kernel runs for these tensors."""
+    return hindrance(name, *tensors) is None
+
+
+def table() -> list[tuple[str, str, str]]:
+    """``(operator, "compiled" | "reference", what it does or why not)`` of every operator, for a run's log and for the documentation."""
+    rows = []
+    for name, operator in sorted(_operators.items()):
+        off = (_chosen is None and not operator.wins) or (_chosen is not None and name not in _chosen) or extension.missing() is not None
+        rows.append((name, REFERENCE if off else "compiled", operator.summary))
+    return rows

@@ -1,0 +1,48 @@
+"""The compiled kernels of csrc/: loaded once, when first asked for. Without them everything runs on the plain-torch references.
+
+Loading is by path and needs no Python API of the extension, so that a CUDA library beside it can register kernels for the same operators.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from mswift.log import get_logger
+
+_FOLDER = Path(__file__).resolve().parent
+_LIBRARY = _FOLDER / "libmswift_cpu.so"
+_NOTE = _FOLDER / "_build.txt"
+
+logger = get_logger(__name__)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Load the compiled kernels; why they cannot be used, or None. A reason is told once."""
+    reason = _load()
+    if reason is not None:
+        logger.warning("the compiled kernels are not in use (%s); plain torch is, which is slower and gives the same results", reason)
+    return reason
+
+
+def _load() -> str | None:
+    if not _LIBRARY.is_file():
+        note = _NOTE.read_text(encoding="utf8").strip() if _NOTE.is_file() else "they were not built"
+        return f"{note}; with a compiler and torch in place: pip install --no-build-isolation --no-deps --force-reinstall ."
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"built for another torch than {torch.__version__}: {' '.join(str(error).split())[:200]}"
+    built = torch.ops.mswift.built_for()
+    if built.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"built for torch {built}, and this is {torch.__version__}; install mswift again"
+    return None
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction set that the CPU kernels use: none, avx2, avx512, avx512_bf16 or amx (MSWIFT_ISA lowers it)."""
+    return "none" if missing() else torch.ops.mswift.isa()
