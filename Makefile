@@ -41,7 +41,7 @@ $(STAMP): requirements.lock
 $(BUILT): $(STAMP) pyproject.toml setup.py $(SOURCES)
 	@echo "[setup] mswift itself, from this folder, and its kernels"
 	@$(BIN)/pip install --no-deps --no-build-isolation -v -e . >> $(LOG) 2>&1 || { cat $(LOG) >&2; exit 2; }
-	@echo "[setup] kernels: $$(cat mswift/kernels/_build.txt)"
+	@echo "[setup] kernels: $$(cat mswift/kernels/lib/build.txt)"
 	@touch $(BUILT)
 
 demo: setup
@@ -65,6 +65,6 @@ $(VLLM)/.set-up: tests/vllm.lock
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info mswift/kernels/*.so mswift/kernels/_build.txt $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info mswift/kernels/lib $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	@echo "$(VENV)/ and output/ stay; remove them by hand if they are not needed"

@@ -1,7 +1,7 @@
 """Builds the compiled kernels of csrc/ into the package; everything else about it is in pyproject.toml.
 
 Never a reason not to install: without a compiler, on another processor than x86-64, or where torch is not there to build against, the
-package goes in without them, `mswift/kernels/_build.txt` says why, and the plain-torch reference is used. The kernels belong to the torch
+package goes in without them, `mswift/kernels/lib/build.txt` says why, and the plain-torch reference is used. The kernels belong to the torch
 they were built against. Under build isolation torch is not among the build requirements (pip would fetch another one): that of the
 environment to install into is used, and it must be there first.
 
@@ -60,7 +60,7 @@ def hindrance() -> str | None:
 
 
 def build_cuda(into: Path) -> str:
-    """The hook for csrc/cuda: compile `libmswift_cuda.so` into the package; one line of what came of it."""
+    """The hook for csrc/cuda: compile `libmswift_cuda.so` into `kernels/lib` of the package; one line of what came of it."""
     return "no CUDA kernels"
 
 
@@ -111,8 +111,8 @@ class Without(build_ext):
 
 def note(package: Path, text: str) -> None:
     print(f"mswift: kernels: {text}")
-    (package / "kernels").mkdir(parents=True, exist_ok=True)
-    (package / "kernels" / "_build.txt").write_text(text + "\n", encoding="utf8")
+    (package / "kernels" / "lib").mkdir(parents=True, exist_ok=True)
+    (package / "kernels" / "lib" / "build.txt").write_text(text + "\n", encoding="utf8")
 
 
 reason = hindrance()
@@ -122,13 +122,13 @@ sources = ["csrc/ops.cpp", *sorted(path.relative_to(ROOT).as_posix() for path in
 headers = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h"))
 if reason:
     # An extension that is never compiled: with it the wheel is one of this platform, and build_ext runs.
-    setup(ext_modules=[Extension("mswift.kernels._cpu", sources)], cmdclass={"build_ext": Without})
+    setup(ext_modules=[Extension("mswift.kernels.lib.cpu", sources)], cmdclass={"build_ext": Without})
 else:
     from torch.utils.cpp_extension import CppExtension
 
     add_tools_to_path()
     extension = CppExtension(
-        "mswift.kernels._cpu",
+        "mswift.kernels.lib.cpu",
         sources,
         include_dirs=[str(ROOT / "csrc")],
         depends=headers,

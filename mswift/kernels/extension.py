@@ -12,9 +12,9 @@ import torch
 
 from mswift.log import get_logger
 
-_FOLDER = Path(__file__).resolve().parent
+_FOLDER = Path(__file__).resolve().parent / "lib"  # no package: what is in it is not imported
 _LIBRARY = _FOLDER / "libmswift_cpu.so"
-_NOTE = _FOLDER / "_build.txt"
+_NOTE = _FOLDER / "build.txt"
 
 logger = get_logger(__name__)
 
