@@ -29,6 +29,7 @@ from mswift.config.sections import (
     TunerSection,
     VerifySection,
 )
+from mswift.config.splits import parse_stages
 from mswift.errors import ConfigError
 
 _LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "merge_lora")
@@ -133,12 +134,33 @@ def warnings_for(config: Config) -> list[str]:
 def _common_faults(model: ModelSection, parallel: ParallelSection) -> Iterator[str]:
     if not model.model:
         yield "--model is required: give a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or the directory of a checkpoint"
-    for name, value in (
-        ("decoder_first_pipeline_num_layers", parallel.decoder_first_pipeline_num_layers),
-        ("decoder_last_pipeline_num_layers", parallel.decoder_last_pipeline_num_layers),
-    ):
-        if value is not None:
-            yield f"--{name} is not supported yet: every pipeline stage holds equally many layers; leave it out"
+    yield from _split_faults(parallel)
+
+
+def _split_faults(parallel: ParallelSection) -> Iterator[str]:
+    """Flags of uneven stages that exclude each other, or a layout string that is none."""
+    given = {
+        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout is not None,
+        "decoder_first_pipeline_num_layers": parallel.decoder_first_pipeline_num_layers is not None,
+        "decoder_last_pipeline_num_layers": parallel.decoder_last_pipeline_num_layers is not None,
+        "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
+    }
+    names = list(given)
+    ways = [name for name in (_first(given, names[:1]), _first(given, names[1:3]), _first(given, names[3:])) if name]
+    if len(ways) > 1:
+        yield f"--{ways[0]} and --{ways[1]} each say how layers are divided into stages; give one of them"
+    if parallel.pipeline_model_parallel_layout is not None:
+        try:
+            parse_stages(parallel.pipeline_model_parallel_layout)
+        except ConfigError as error:
+            yield str(error)
+    elif ways and parallel.pipeline_model_parallel_size == 1:
+        yield f"--{ways[0]} needs --pipeline_model_parallel_size of at least 2; there is one stage"
+
+
+def _first(given: Mapping[str, bool], names: list[str]) -> str | None:
+    return next((name for name in names if given[name]), None)
 
 
 def _idle_parallel(parallel: ParallelSection) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mswift.config.fields import Limits, option
+from mswift.config.splits import PipelineSplit, parse_stages
 from mswift.errors import ConfigError
 
 _SHARE = Limits(low=0, high=1)
@@ -88,18 +89,36 @@ class ParallelSection:
         None, "Processes that share each expert", auto="1 with experts spread, else as the layers", limits=_POSITIVE
     )
     sequence_parallel: bool = option(False, "Split activations between tensor-parallel layers along the sequence as well")
-    decoder_first_pipeline_num_layers: int | None = option(None, "Layers of the first stage; not supported yet", auto="even", limits=_POSITIVE)
-    decoder_last_pipeline_num_layers: int | None = option(None, "Layers of the last stage; not supported yet", auto="even", limits=_POSITIVE)
+    decoder_first_pipeline_num_layers: int | None = option(None, "Layers of the first pipeline process", auto="even", limits=_POSITIVE)
+    decoder_last_pipeline_num_layers: int | None = option(None, "Layers of the last pipeline process", auto="even", limits=_POSITIVE)
+    account_for_embedding_in_pipeline_split: bool = option(False, "The embedding takes the place of a layer in the first stage")
+    account_for_loss_in_pipeline_split: bool = option(False, "Head and loss take the place of a layer in the last stage")
+    pipeline_model_parallel_layout: str | None = option(
+        None, "Layers of every stage: E embedding, t layer, L loss, | between stages, as in Et*3|t*4|t*3L", auto="even", metavar="LAYOUT"
+    )
 
     def sizes(self) -> dict[str, Any]:
-        """The keyword arguments of `mswift.parallel.layout.ParallelLayout`, without ``world``."""
+        """The keyword arguments of `mswift.parallel.layout.ParallelLayout`, without ``world``.
+
+        Raises:
+            ConfigError: the layout of the stages is none.
+        """
+        text, pp = self.pipeline_model_parallel_layout, self.pipeline_model_parallel_size
+        told = max(1, len(parse_stages(text)) // pp) if text is not None else 1
         return {
             "tp": self.tensor_model_parallel_size,
-            "pp": self.pipeline_model_parallel_size,
-            "vpp": self.virtual_pipeline_model_parallel_size or 1,
+            "pp": pp,
+            "vpp": self.virtual_pipeline_model_parallel_size or told,
             "cp": self.context_parallel_size,
             "ep": self.expert_model_parallel_size,
             "etp": self.expert_tensor_parallel_size,
+            "split": PipelineSplit(
+                self.decoder_first_pipeline_num_layers,
+                self.decoder_last_pipeline_num_layers,
+                self.account_for_embedding_in_pipeline_split,
+                self.account_for_loss_in_pipeline_split,
+                text,
+            ),
         }
 
 

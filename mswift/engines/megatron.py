@@ -55,24 +55,34 @@ class MegatronEngine:
         if mixture and self.groups.layout.tp > 1 and not self.config.sequence_parallel:
             raise ConfigError("a mixture of experts over several tensor-parallel ranks is trained with split sequences: add --sequence_parallel true")
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
-        if model.lora is not None and self.config.recompute_granularity == "full":
+        if model.lora is not None:
             self._let_gradients_into_frozen_blocks()
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer.use_distributed_optimizer)
         self.chunks = [DistributedDataParallel(self.config, ddp, chunk, pg_collection=self.groups.collection) for chunk in model.chunks]
+        if optimizer.use_distributed_optimizer:
+            self._require_training_everywhere()
         self.optimizer = self._make_optimizer(optimizer)
         self.config.finalize_model_grads_func = self._finalize_gradients
         self._weight = torch.zeros((), dtype=torch.float64)
         self._schedule = get_forward_backward_func()
 
     def _let_gradients_into_frozen_blocks(self) -> None:
-        """Recomputed blocks pass no gradient to their adapters unless their input asks for one, and nothing says so."""
+        """Recomputed blocks pass no gradient to their adapters unless their input asks for one, and nothing says so; a stage of the embedding
+        alone has an output that a backward pass can begin at only then."""
 
         def ask(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             return output.requires_grad_() if output.is_leaf else output
 
         for chunk in self.model.chunks:
-            if chunk.pre_process:
+            if chunk.pre_process and (self.config.recompute_granularity == "full" or not chunk.decoder.layers):
                 chunk.embedding.register_forward_hook(ask)
+
+    def _require_training_everywhere(self) -> None:
+        """megatron's distributed optimizer cannot save a rank that has no state. Collective."""
+        fewest = torch.tensor(len(self.trained_elements()), device=self.device)
+        dist.all_reduce(fewest, dist.ReduceOp.MIN)
+        if not fewest:
+            raise ConfigError("--use_distributed_optimizer true with a pipeline stage that trains nothing; make it false, or give every stage layers")
 
     def _make_optimizer(self, settings: OptimizerSettings) -> Any:
         config = OptimizerConfig(
@@ -176,7 +186,20 @@ class MegatronEngine:
             self._create_optimizer_state()
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
         weights = {str(number): self._trained_weights(chunk, metadata) for number, chunk in enumerate(self.model.chunks)}
-        return {"model": weights, "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
+        state = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+        if not loading:
+            self._tell_step(state)
+        return {"model": weights, "optimizer": state}
+
+    def _tell_step(self, state: dict[Any, Any]) -> None:
+        """megatron saves the step that rank 0 counts, which counts none if its stage trains nothing. Collective."""
+        steps = [float(entry["step"]) for optimizer in self._torch_optimizers() for entry in optimizer.state.values()]
+        step = torch.tensor(max(steps, default=0.0), device=self.device)
+        dist.all_reduce(step, dist.ReduceOp.MAX)
+        if steps or not step:
+            return
+        for part in state.values() if all(isinstance(key, int) for key in state) else (state,):
+            part.get("optimizer", part).get("state", {}).setdefault("common_step", step.cpu())
 
     def _trained_weights(self, chunk: CausalLM, metadata: dict[str, Any]) -> dict[str, Any]:
         """megatron's description of what is trained in one chunk, by local name; the wrapped layers of adapters go by the layer's own."""

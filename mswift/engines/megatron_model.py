@@ -20,7 +20,7 @@ from mswift.conversion.coverage import rules_by_target
 from mswift.conversion.directories import CONFIG_FILE, is_megatron, read_json
 from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
-from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, plan_load
+from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, gather_names, plan_load
 from mswift.conversion.peft_io import read_peft, write_peft
 from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule, Parts
@@ -170,7 +170,7 @@ class MegatronModel:
         return found[0][..., : self.description.vocab_size].float() if found else None
 
     def add_lora(self, settings: LoraSettings) -> list[str]:
-        """Freeze the base and wrap the target layers; returns their global names.
+        """Freeze the base and wrap the target layers; returns their global names. Collective.
 
         Raises:
             ConfigError: no module of this model is a target.
@@ -181,7 +181,7 @@ class MegatronModel:
             return rules[f"{name}.weight"].source_columns
 
         wrapped = [name for chunk in self.chunks for name in add_lora(chunk, settings, functools.partial(global_name, chunk), width)]
-        if not wrapped:
+        if not gather_names(wrapped):  # a stage may have none: the embedding alone
             raise ConfigError(f"--target_modules {' '.join(settings.targets)}: no layer of this model has such a name; use all-linear")
         self.lora = settings
         return wrapped

@@ -42,6 +42,7 @@ from mswift.families.modules import (
     StyledRouter,
 )
 from mswift.parallel.groups import Groups
+from mswift.parallel.layout import ParallelLayout
 from mswift.runtime.device import Runtime
 
 
@@ -89,6 +90,7 @@ def transformer_config(
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_model_parallel_layout": _stages(layout, fields["num_layers"]),
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
@@ -103,6 +105,15 @@ def transformer_config(
     }
     runtime.check_settings(settings, tp=layout.tp, vpp=layout.vpp)
     return TransformerConfig(**settings)
+
+
+def _stages(layout: ParallelLayout, num_layers: int) -> list[list[str]] | None:
+    """What each virtual stage holds, in megatron-core's words; None where all hold equally much, which it finds by itself."""
+    counts = layout.layers_of_stages(num_layers)
+    if layout.split.is_even or layout.pp == 1:
+        return None
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _layer_spec(config: TransformerConfig, description: MegatronDescription, layer: int) -> ModuleSpec:

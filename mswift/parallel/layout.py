@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mswift.config.splits import EVEN, PipelineSplit, parse_stages
 from mswift.errors import LayoutError
 
 
@@ -35,6 +36,7 @@ class ParallelLayout:
         world: number of processes.
         tp: tensor-parallel size. pp: pipeline stages. vpp: virtual stages a pipeline rank holds (1 = none).
         cp: context-parallel size. ep: expert-parallel size. etp: tensor-parallel size inside the experts (None = 1 with experts spread, else tp).
+        split: which layers each stage holds.
 
     Raises:
         LayoutError: a size below 1, or a product that does not divide the world; every factor is printed.
@@ -47,6 +49,7 @@ class ParallelLayout:
     cp: int = 1
     ep: int = 1
     etp: int | None = None
+    split: PipelineSplit = EVEN
 
     def __post_init__(self) -> None:
         sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep, "etp": self.expert_tp, "world": self.world}
@@ -72,12 +75,31 @@ class ParallelLayout:
             )
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError(f"parallel layout: vpp({self.vpp}) needs pp of at least 2, got pp({self.pp}); drop the virtual stages")
+        if self.split.text is not None and len(stages := parse_stages(self.split.text)) != self.pp * self.vpp:
+            raise LayoutError(
+                f"parallel layout: {len(stages)} stage(s) in {self.split.text} by pp({self.pp}) x vpp({self.vpp}) = {self.pp * self.vpp}; "
+                "wanted as many; mend --pipeline_model_parallel_layout or the sizes"
+            )
 
     @classmethod
-    def smallest(cls, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, ep: int = 1, etp: int | None = None) -> ParallelLayout:
+    def smallest(
+        cls,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        vpp: int = 1,
+        cp: int = 1,
+        ep: int = 1,
+        etp: int | None = None,
+        split: PipelineSplit = EVEN,
+    ) -> ParallelLayout:
         """The layout of these sizes with the fewest processes."""
         expert = (etp or (tp if ep == 1 else 1)) * ep
-        return cls(math.lcm(tp * cp, expert) * pp, tp, pp, vpp, cp, ep, etp)
+        return cls(math.lcm(tp * cp, expert) * pp, tp, pp, vpp, cp, ep, etp, split)
+
+    def layers_of_stages(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of every virtual stage in the order of the layers: that of rank 0, of rank 1, ..., then again rank 0."""
+        return self.split.counts(num_layers, self.pp, self.vpp)
 
     @property
     def expert_tp(self) -> int:
@@ -143,14 +165,14 @@ class ParallelLayout:
             faults.append(f"expert width {expert_size} by etp({self.expert_tp})")
         if key_heads_of_delta_nets % self.tp:
             faults.append(f"{key_heads_of_delta_nets} key heads of delta nets by tp({self.tp})")
-        if num_layers % (self.pp * self.vpp):
-            faults.append(f"{num_layers} layers by pp({self.pp}) x vpp({self.vpp}) = {self.pp * self.vpp}")
+        faults += self.split.faults(num_layers, self.pp, self.vpp)
         if faults:
             raise LayoutError(f"parallel layout {self.describe()} does not divide this model: {'; '.join(faults)}; choose sizes that divide them")
 
     def describe(self) -> str:
         """One short text, such as ``tp2 pp1 dp1 (2 processes)``."""
         axes = [f"tp{self.tp}", f"pp{self.pp}"]
+        axes += [f"({self.split.describe()})"] if not self.split.is_even else []
         axes += [f"{name}{size}" for name, size in (("vpp", self.vpp), ("cp", self.cp), ("ep", self.ep)) if size != 1]
         axes += [f"etp{self.expert_tp}"] if self.ep != 1 and self.expert_tp != 1 else []
         model = max(1, self.tp * self.pp * self.cp)

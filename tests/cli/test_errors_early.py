@@ -113,9 +113,9 @@ def pickled_weights(lab: Lab) -> Words:
     return lab.sft()
 
 
-@case("architecture Qwen3NextForCausalLM is not supported", "nearest supported: Qwen3", "take that, or another of the ")
+@case("architecture Qwen2AudioForCausalLM is not supported", "nearest supported: Qwen2", "take that, or another of the ")
 def unknown_architecture(lab: Lab) -> Words:
-    lab.config(architectures=["Qwen3NextForCausalLM"])
+    lab.config(architectures=["Qwen2AudioForCausalLM"])
     return lab.sft()
 
 
@@ -271,6 +271,17 @@ def layout_of_the_layers(lab: Lab) -> Words:
     return lab.sft("--pipeline_model_parallel_size", "3")
 
 
+@case("4 layers - first(3) - last(2) = -1 by 1 other stage(s) of pp(3) x vpp(1) = 1", "tp1 pp3 (first 3, last 2) dp1", NPROC_PER_NODE="3")
+def stages_of_unequal_size(lab: Lab) -> Words:
+    ends = ("--decoder_first_pipeline_num_layers", "3", "--decoder_last_pipeline_num_layers", "2")
+    return lab.sft("--pipeline_model_parallel_size", "3", *ends)
+
+
+@case("4 layers by the 3 t of --pipeline_model_parallel_layout Ett|tL", "choose sizes that divide", NPROC_PER_NODE="2")
+def stages_by_a_string(lab: Lab) -> Words:
+    return lab.sft("--pipeline_model_parallel_size", "2", "--pipeline_model_parallel_layout", "Ett|tL")
+
+
 @case("tp(2) x pp(2) x cp(1) = 4 does not divide 6 process(es)", "NPROC_PER_NODE=4", NPROC_PER_NODE="6")
 def layout_of_the_world(lab: Lab) -> Words:
     return lab.sft("--tensor_model_parallel_size", "2", "--pipeline_model_parallel_size", "2")
@@ -286,7 +297,7 @@ def batch_that_does_not_divide(lab: Lab) -> Words:
     return lab.sft("--micro_batch_size", "3")
 
 
-@case("context and expert parallelism are not supported yet, got cp(2)", "use 1", NPROC_PER_NODE="2")
+@case("context parallelism is not supported yet, got cp(2)", "use 1", NPROC_PER_NODE="2")
 def context_parallelism(lab: Lab) -> Words:
     return lab.sft("--context_parallel_size", "2")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mswift.config.splits import EVEN, PipelineSplit
 from mswift.data import EncodedDataset
 from mswift.engines.base import StepResult
 
@@ -25,6 +26,7 @@ class Run:
     vpp: int = 1
     ep: int = 1
     etp: int | None = None
+    split: PipelineSplit = EVEN
     steps: int = 5
     micro_batch_size: int = 2
     global_batch_size: int = 8
@@ -47,7 +49,7 @@ def open_model(run: Run, world: int, *, deferred: bool = False) -> Any:
     from mswift.tuners.lora import LoraSettings
 
     runtime = select("cpu")
-    groups = make_groups(ParallelLayout(world=world, tp=run.tp, pp=run.pp, vpp=run.vpp, ep=run.ep, etp=run.etp))
+    groups = make_groups(ParallelLayout(world=world, tp=run.tp, pp=run.pp, vpp=run.vpp, ep=run.ep, etp=run.etp, split=run.split))
     settings = BuildSettings(run.checkpoint, dtype=run.dtype, sequence_parallel=run.sequence_parallel, deferred=deferred, transformer=run.transformer)
     model = MegatronModel(settings, groups, runtime)
     if run.lora is not None:

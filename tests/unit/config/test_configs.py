@@ -126,7 +126,15 @@ def sft(**flat: Any) -> SftConfig:
         (SftConfig(model=ModelSection(model="m")), "--dataset is required: give one or more files, folders or hub ids"),
         (
             sft(decoder_first_pipeline_num_layers=3),
-            "--decoder_first_pipeline_num_layers is not supported yet: every pipeline stage holds equally many layers; leave it out",
+            "--decoder_first_pipeline_num_layers needs --pipeline_model_parallel_size of at least 2; there is one stage",
+        ),
+        (
+            sft(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|tL", account_for_loss_in_pipeline_split=True),
+            "--pipeline_model_parallel_layout and --account_for_loss_in_pipeline_split each say how layers are divided into stages; give one of them",
+        ),
+        (
+            sft(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|t"),
+            "--pipeline_model_parallel_layout: got 'Et|t', wanted one E (the embedding) first, then layers t, then layers m, one L (the loss) last",
         ),
         (
             sft(tuner_type="full", adapters=["a"]),
