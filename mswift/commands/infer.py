@@ -70,9 +70,7 @@ def _read_rows(config: InferConfig) -> list[Row] | None:
     data = config.data
     if not data.val_dataset:
         return None
-    return load_dataset(
-        data.val_dataset, columns=data.columns or None, shuffle=False, strict=data.strict, use_hf=config.model.use_hf, require_assistant=False
-    )
+    return load_dataset(data.val_dataset, columns=data.columns or None, shuffle=False, strict=data.strict, use_hf=config.model.use_hf, want="prompt")
 
 
 def _result_path(config: InferConfig, adapter: Path | None) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mswift.data.report import LengthReport
-from mswift.data.rows import BadRows, Message, Row, normalise
+from mswift.data.rows import BadRows, Message, Row, Want, normalise
 from mswift.data.sources import SourceSpec, parse_spec, read_source
 from mswift.errors import DataError
 from mswift.log import get_logger
@@ -36,7 +36,7 @@ def load_dataset(
     shuffle: bool = True,
     strict: bool = False,
     max_bad_share: float = 0.01,
-    require_assistant: bool = True,
+    want: Want = "answer",
     use_hf: bool | None = None,
 ) -> list[Row]:
     """Reads, normalises and samples all sources, one after the other.
@@ -47,7 +47,7 @@ def load_dataset(
     Args:
         columns: column names of the sources to the names of `normalise`.
         strict: the first bad row is an error; else at most ``max_bad_share`` of all rows may be bad, and they are listed in a warning.
-        require_assistant: ``False`` for rows that are prompts only.
+        want: what the rows are for; see `normalise`.
         use_hf: where a plain ``org/name`` lives; see `parse_spec`.
 
     Raises:
@@ -59,7 +59,7 @@ def load_dataset(
     rows: list[Row] = []
     total = 0
     for number, spec in enumerate(parse_spec(text, use_hf=use_hf) for text in specs):
-        found, num_read = _read_rows(spec, bad, columns, require_assistant)
+        found, num_read = _read_rows(spec, bad, columns, want)
         total += num_read
         rows += _sample(found, spec.count, np.random.default_rng([seed, number]) if shuffle else None)
     bad.finish(total)
@@ -195,13 +195,13 @@ def _write_report(report: LengthReport, directory: Path) -> Path | None:
         raise DataError(f"the list of the {report.num_dropped} dropped rows cannot be written to {directory}: {error.strerror}; mend that") from None
 
 
-def _read_rows(spec: SourceSpec, bad: BadRows, columns: Mapping[str, str] | None, require_assistant: bool) -> tuple[list[Row], int]:
+def _read_rows(spec: SourceSpec, bad: BadRows, columns: Mapping[str, str] | None, want: Want) -> tuple[list[Row], int]:
     rows: list[Row] = []
     total = 0
     for raw in read_source(spec):
         total += 1
         try:
-            rows.append(normalise(raw, columns, require_assistant=require_assistant))
+            rows.append(normalise(raw, columns, want=want))
         except DataError as error:
             bad.add(error)
     if not total:

@@ -2,64 +2,125 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any
 
+from mswift.data.columns import rename
+from mswift.data.content import MEDIA, read_media
+from mswift.data.faults import fail
+from mswift.data.messages import DEFAULT_NAMES, ROLES, Message, MessageNames, Tool, check_calls, read_tools
+from mswift.data.preferences import read_pair
+from mswift.data.shapes import Shape, Want, read_verdict
 from mswift.data.sources import RawRow
 from mswift.errors import DataError
 from mswift.log import get_logger
 
-Message: TypeAlias = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_ANSWER_FIELDS = ("output", "response")
+__all__ = ["ROLES", "BadRows", "Message", "Recognised", "Row", "Tool", "Want", "normalise"]
 
 logger = get_logger("mswift.data.rows")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A normalised row: its messages (``role``, ``content`` and what else a message had), its other columns, and its place."""
+    """A normalised row.
+
+    Args:
+        messages: in the one form of `mswift.data.messages`; of two answers the chosen one. columns: all other columns, for rewards and results.
+        source, line: its place. tools: OpenAI's schemas of the tools that it may call.
+        rejected: the conversation with the rejected answer. label: whether the answer is wanted (KTO). media: ``images``, ``audios``, ``videos``.
+    """
 
     messages: list[Message]
     columns: dict[str, Any]
     source: str
     line: int
+    tools: list[Tool] | None = None
+    rejected: list[Message] | None = None
+    label: bool | None = None
+    media: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
         return f"{self.source}:{self.line}"
 
 
-def normalise(raw: RawRow, columns: Mapping[str, str] | None = None, *, require_assistant: bool = True) -> Row:
+@dataclass(slots=True)
+class Recognised:
+    """What was understood of a source: shapes with their counts, columns that were renamed, found, or kept as they are."""
+
+    shapes: Counter[str] = field(default_factory=Counter)
+    mapped: dict[str, str] = field(default_factory=dict)
+    given: set[str] = field(default_factory=set)
+    kept: dict[str, None] = field(default_factory=dict)
+    media: Counter[str] = field(default_factory=Counter)
+    tools: int = 0
+
+    def add(self, row: Row, shape: Shape, given: set[str]) -> None:
+        self.shapes[shape.name] += 1
+        self.mapped |= shape.mapped
+        self.given |= given
+        self.kept |= dict.fromkeys(row.columns)
+        self.media.update(row.media)
+        self.tools += row.tools is not None
+
+    def line(self, source: str) -> str:
+        """Such as ``a.jsonl: 400 rows of query/response; problem read as query; with tools in 12; kept: level``."""
+        parts = [", ".join(f"{count} rows of {name}" for name, count in self.shapes.most_common())]
+        if self.mapped:
+            parts.append(", ".join(f"{old} read as {new}" for old, new in self.mapped.items()))
+        if self.tools:
+            parts.append(f"with tools in {self.tools}")
+        if self.media:
+            parts.append(f"{', '.join(self.media)} kept, not shown to the model")
+        if self.kept:
+            parts.append(f"kept: {', '.join(list(self.kept)[:8])}{', ...' if len(self.kept) > 8 else ''}")
+        return f"{source}: {'; '.join(parts)}"
+
+
+def normalise(
+    raw: RawRow,
+    columns: Mapping[str, str] | None = None,
+    *,
+    want: Want = "answer",
+    auto: bool = True,
+    given: MessageNames = DEFAULT_NAMES,
+    recognised: Recognised | None = None,
+) -> Row:
     """Turns one raw row into messages.
 
-    Shapes: ``messages``; alpaca (``instruction``, ``input``, ``output``); ``query`` and ``response``. The last two also take ``system`` and
-    ``history`` (a list of ``[question, answer]`` pairs), and ``system`` goes in front of ``messages`` that have none. All other columns are kept.
+    Shapes: ``messages`` (also ``conversations``, with ``from`` and ``value``); alpaca (``instruction``, ``input``, ``output``); ``query`` and
+    ``response``, by the names of `mswift.data.columns` too. The last two also take ``history`` (a list of ``[question, answer]`` pairs), and
+    ``system`` goes in front of a conversation that has none. ``tools`` and media are read; all other columns are kept.
 
     Args:
         columns: renames columns before the shape is looked at, old name to new; names that the row lacks are passed over.
-        require_assistant: whether a row without an assistant turn is wrong (training) or a prompt (inference).
+        want: what the row is for. auto: whether other names of columns are understood.
+        given: how the source names the parts of a message. recognised: takes note of what was understood.
 
     Raises:
         DataError: with file, line, the field at fault and what was got.
     """
-    data = {(columns or {}).get(name, name): value for name, value in raw.data.items()}
-    if "messages" in data:
-        messages = _check_messages(raw, data.pop("messages"))
-    elif "instruction" in data:
-        messages = _from_fields(raw, data, "instruction", "output", require_assistant)
-    elif "query" in data:
-        messages = _from_fields(raw, data, "query", "response", require_assistant)
+    data, found = rename(raw.data, columns or {})
+    shape = Shape(raw, data, want, auto, given)
+    tools = read_tools(raw, data.pop("tools", None))
+    rejected = None
+    if want == "preference":
+        messages, rejected = read_pair(shape)
+        check_calls(raw, "rejected", rejected, tools)
     else:
-        _fail(raw, f"got the columns {_names(data)}, wanted messages, instruction/input/output or query/response; map them with --columns")
-    system = data.pop("system", None)
-    if system is not None and not (messages and messages[0]["role"] in ("system", "developer")):
-        messages.insert(0, {"role": "system", "content": _text(raw, "system", system)})
-    if require_assistant and not any(message["role"] == "assistant" for message in messages):
-        _fail(raw, f"no assistant turn to train on, got the roles {', '.join(m['role'] for m in messages) or '(none)'}; add one or remove the row")
-    return Row(messages, data, raw.source, raw.line)
+        messages = shape.conversation()
+    check_calls(raw, "messages", messages, tools)
+    if want in ("answer", "label") and not any(message["role"] == "assistant" for message in messages):
+        roles = ", ".join(message["role"] for message in messages) or "(none)"
+        fail(raw, f"no assistant turn to train on, got the roles {roles}; add one or remove the row")
+    label = read_verdict(raw, data) if want == "label" else None
+    media = {name: read_media(raw, name, data.pop(name)) for name in [f"{kind}s" for kind in MEDIA] if data.get(name) not in (None, "", [])}
+    row = Row(messages, data, raw.source, raw.line, tools, rejected, label, media)
+    if recognised is not None:
+        recognised.add(row, shape, found)
+    return row
 
 
 class BadRows:
@@ -88,91 +149,5 @@ class BadRows:
         listed = " | ".join(self.errors[: self.num_shown]) + (f" | and {more} more" if more > 0 else "")
         message = f"{len(self.errors)} of {total} rows cannot be used"
         if len(self.errors) > self.max_share * total:
-            raise DataError(f"{message}, more than {self.max_share:.0%}: {listed}")
+            raise DataError(f"{message}, more than {self.max_share:.0%}: {listed}; mend them, or allow more with --max_bad_rows_ratio")
         logger.warning("%s and are left out: %s", message, listed)
-
-
-def _check_messages(raw: RawRow, value: Any) -> list[Message]:
-    if not isinstance(value, list):
-        _fail(raw, f"messages is {_got(value)}, wanted a list of {{role, content}}")
-    if not value:
-        _fail(raw, "messages is an empty list, wanted at least a user and an assistant turn")
-    return [_check_message(raw, f"messages[{i}]", message) for i, message in enumerate(value)]
-
-
-def _check_message(raw: RawRow, field: str, message: Any) -> Message:
-    if not isinstance(message, dict):
-        _fail(raw, f"{field} is {_got(message)}, wanted an object with role and content")
-    for key in ("role", "content"):
-        if key not in message:
-            _fail(raw, f"{field} has no {key}, got the keys {_names(message)}")
-    role = message["role"]
-    if role not in ROLES:
-        _fail(raw, f"{field}.role is {_got(role)}, wanted one of {', '.join(ROLES)}")
-    _text(raw, f"{field}.content", message["content"])
-    for key, value in message.items():
-        if isinstance(value, str):
-            _text(raw, f"{field}.{key}", value)
-    if not isinstance(message.get("loss"), (bool, type(None))):
-        _fail(raw, f"{field}.loss is {_got(message['loss'])}, wanted true or false")
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _from_fields(raw: RawRow, data: dict[str, Any], question_field: str, answer_field: str, require_assistant: bool) -> list[Message]:
-    messages: list[Message] = []
-    for i, pair in enumerate(_history(raw, data.pop("history", None))):
-        messages += _round(_text(raw, f"history[{i}][0]", pair[0]), _text(raw, f"history[{i}][1]", pair[1]))
-    question = _text(raw, question_field, data.pop(question_field))
-    extra = data.pop("input", None) if question_field == "instruction" else None
-    if extra not in (None, ""):
-        question = f"{question}\n{_text(raw, 'input', extra)}"
-    if answer_field not in data and require_assistant:
-        _fail(raw, f"{answer_field} is missing, got the columns {_names(raw.data)}")
-    answer = data.pop(answer_field, None)
-    if answer is None and not require_assistant:
-        return [*messages, {"role": "user", "content": question}]
-    return messages + _round(question, _text(raw, answer_field, answer))
-
-
-def _history(raw: RawRow, value: Any) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        _fail(raw, f"history is {_got(value)}, wanted a list of [question, answer] pairs")
-    for i, pair in enumerate(value):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            _fail(raw, f"history[{i}] is {_got(pair)}, wanted a [question, answer] pair")
-    return value
-
-
-def _round(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _text(raw: RawRow, field: str, value: Any) -> str:
-    if not isinstance(value, str):
-        _fail(raw, f"{field} is {_got(value)}, wanted a string")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            _fail(raw, f"{field} holds half of a surrogate pair (a broken \\ud8.. escape), wanted whole characters; write the file as UTF-8")
-    return value
-
-
-def _fail(raw: RawRow, what: str) -> NoReturn:
-    raise DataError(f"{raw.where}: {what}")
-
-
-def _got(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return f"an object with the keys {_names(value)}"
-    return repr(value if not isinstance(value, str) or len(value) <= 40 else value[:37] + "...")
-
-
-def _names(data: Mapping[str, Any]) -> str:
-    return ", ".join(str(name) for name in data) or "(none)"

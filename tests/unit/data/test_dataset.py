@@ -18,6 +18,7 @@ from mswift.errors import DataError
 from mswift.templates import ChatTemplate
 
 Write = Callable[..., str]
+MORE = "mend them, or allow more with --max_bad_rows_ratio"
 
 
 def rows_of(*answers: str, source: str = "a.jsonl") -> list[Row]:
@@ -71,11 +72,11 @@ def test_bad_rows_stop_are_too_many_or_are_left_out(write_rows: Write, monkeypat
     fault = f"{path}:100: no assistant turn to train on, got the roles user; add one or remove the row"
     assert len(load_dataset([path])) == 99
     assert set(caplog.messages) == {f"1 of 100 rows cannot be used and are left out: {fault}"}
-    for kwargs, message in ({"strict": True}, fault), ({"max_bad_share": 0.0}, f"1 of 100 rows cannot be used, more than 0%: {fault}"):
+    for kwargs, message in ({"strict": True}, fault), ({"max_bad_share": 0.0}, f"1 of 100 rows cannot be used, more than 0%: {fault}; {MORE}"):
         with pytest.raises(DataError) as stopped:
             load_dataset([path], **kwargs)  # type: ignore[arg-type]
         assert str(stopped.value) == message
-    assert len(load_dataset([path], require_assistant=False)) == 100
+    assert len(load_dataset([path], want="prompt")) == 100
 
 
 def test_nothing_to_load(write_rows: Write) -> None:
@@ -191,7 +192,7 @@ def test_rows_that_the_template_refuses_are_counted(chatml: ChatTemplate, tmp_pa
     fault = "a.jsonl:2: messages[0] is an assistant turn: nothing would be served before it; drop it or put a user turn in front"
     with pytest.raises(DataError) as too_many:
         encode_dataset(rows, chatml, report_dir=tmp_path)
-    assert str(too_many.value) == f"1 of 3 rows cannot be used, more than 1%: {fault}"
+    assert str(too_many.value) == f"1 of 3 rows cannot be used, more than 1%: {fault}; {MORE}"
     with pytest.raises(DataError) as strict:
         encode_dataset(rows, chatml, strict=True)
     assert str(strict.value) == fault

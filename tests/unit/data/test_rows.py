@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mswift.data.rows import BadRows, normalise
+from mswift.data.rows import BadRows, Recognised, normalise
 from mswift.data.sources import RawRow
 from mswift.errors import DataError
 
@@ -79,18 +79,19 @@ def test_columns_are_renamed_before_the_shape_is_looked_at() -> None:
         ({"messages": []}, "messages is an empty list, wanted at least a user and an assistant turn"),
         ({"messages": [USER, "x"]}, "messages[1] is 'x', wanted an object with role and content"),
         ({"messages": [{"role": "user"}]}, "messages[0] has no content, got the keys role"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "messages[0] has no role, got the keys from, value"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role is 'bot', wanted one of system, developer, user, assistant, tool"),
+        ({"messages": [{"content": "x"}]}, "messages[0] has no role, got the keys content"),
+        ({"messages": [{"role": "owl", "content": "x"}]}, "messages[0].role is 'owl', wanted one of system, developer, user, assistant, tool"),
+        ({"conversations": [{"from": "owl", "value": "x"}]}, "messages[0].from is 'owl', wanted one of system, developer, user, assistant, tool"),
         (
             {"messages": [{"role": ["user"], "content": "x"}]},
             "messages[0].role is a list of 1, wanted one of system, developer, user, assistant, tool",
         ),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content is null, wanted a string"),
-        ({"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]}, "messages[1].content is a list of 1, wanted a string"),
-        ({"messages": [USER, {**ANSWER, "loss": 1}]}, "messages[1].loss is 1, wanted true or false"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]}, "messages[1].content[0].text is null, wanted a string"),
+        ({"messages": [USER, {**ANSWER, "loss": 2}]}, "messages[1].loss is 2, wanted true or false"),
         ({"messages": [USER, {**ANSWER, "reasoning_content": "\ud83d"}]}, "messages[1].reasoning_content holds half of a surrogate pair"),
         ({"messages": [USER]}, "no assistant turn to train on, got the roles user; add one or remove the row"),
-        ({"instruction": "i"}, "output is missing, got the columns instruction"),
+        ({"instruction": "i"}, "response is missing, got the columns instruction"),
         ({"instruction": "i", "output": 5}, "output is 5, wanted a string"),
         ({"instruction": "i", "input": {"a": 1}, "output": "o"}, "input is an object with the keys a, wanted a string"),
         ({"query": "q"}, "response is missing, got the columns query"),
@@ -107,19 +108,70 @@ def test_faults_name_file_line_and_field(data: dict[str, Any], message: str) -> 
     assert got.startswith(f"a.jsonl:7: {message}")
 
 
+@pytest.mark.parametrize(
+    ("data", "texts", "kept"),
+    [
+        ({"Question": "q", "ANSWER": "a"}, ["q", "a"], {}),
+        ({"problem": "q", "solution": "a", "level": 3}, ["q", "a"], {"solution": "a", "level": 3}),
+        ({"prompt": "q", "completion": "c", "answer": "a"}, ["q", "a"], {"completion": "c"}),
+        ({"instruction": "i", "response": "r"}, ["i", "r"], {}),
+        ({"instruction": "i", "input": "x", "answer": "a"}, ["i\nx", "a"], {}),
+        ({"query": "q", "response": ["r", "s"]}, ["q", "r"], {}),
+        ({"query": "q", "response": "r", "history": "[['a', 'b']]"}, ["a", "b", "q", "r"], {}),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ["q", "a"], {}),
+        ({"conversation": [{"human": "q", "assistant": "a"}, {"assistant": "b", "human": "r"}]}, ["q", "a", "r", "b"], {}),
+        ({"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, ["q", "a"], {}),
+    ],
+)
+def test_columns_of_other_names_are_understood(data: dict[str, Any], texts: list[str], kept: dict[str, Any]) -> None:
+    row = normalise(raw(data))
+    assert [message["content"] for message in row.messages] == texts
+    assert [message["role"] for message in row.messages] == ["user", "assistant"] * (len(texts) // 2)
+    assert row.columns == kept
+
+
+def test_names_are_only_guessed_where_they_may_be() -> None:
+    assert fault({"problem": "q", "solution": "a"}, auto=False).startswith("a.jsonl:7: got the columns problem, solution, wanted messages")
+    assert normalise(raw({"query": "q", "response": "r", "answer": "x"}), auto=False).columns == {"answer": "x"}
+    row = normalise(raw({"Prompt": "p", "query": "x", "response": "r"}), {"prompt": "query"})
+    assert [message["content"] for message in row.messages] == ["p", "r"], "what the user says wins"
+
+
+def test_one_line_says_what_was_recognised() -> None:
+    recognised = Recognised()
+    for data in ({"problem": "q", "solution": "a", "level": 1},) * 2 + ({"messages": [USER, ANSWER], "images": ["https://x/y.png"]},):
+        normalise(raw(data), recognised=recognised)
+    assert recognised.line("a.jsonl") == (
+        "a.jsonl: 2 rows of query/response, 1 rows of messages; problem read as query, solution read as response; "
+        "images kept, not shown to the model; kept: level, solution"
+    )
+    assert normalise(raw({"messages": [USER, ANSWER], "image": "https://x/y.png"})).media == {"images": ["https://x/y.png"]}
+
+
+def test_rows_for_rewards_verdicts_and_plain_text() -> None:
+    prompt = normalise(raw({"query": "q", "answer": "42", "level": 1}), want="prompt")
+    assert prompt.columns == {"answer": "42", "level": 1}, "a reward function may read the answer"
+    assert normalise(raw({"text": "t"}), want="text").messages == [{"role": "assistant", "content": "t"}]
+    assert normalise(raw({"query": "q", "response": "r"}), want="text").messages[0] == {"role": "user", "content": "q"}
+    assert fault({"text": "t"}).endswith("map them with --columns; plain text is for mswift pt")
+    labels = [normalise(raw({"messages": [USER, ANSWER], "label": label}), want="label").label for label in (True, 0, "False", 1)]
+    assert labels == [True, False, False, True]
+    assert fault({"messages": [USER, ANSWER], "label": 5}, want="label") == "a.jsonl:7: label is 5, wanted true (the answer is wanted) or false"
+
+
 def test_prompts_only_are_rows_where_no_answer_is_wanted() -> None:
-    assert normalise(raw({"messages": [USER], "answer": "x"}), require_assistant=False).columns == {"answer": "x"}
-    assert normalise(raw({"query": "q"}), require_assistant=False).messages == [{"role": "user", "content": "q"}]
-    assert normalise(raw({"instruction": "q", "output": "o"}), require_assistant=False).messages[-1]["role"] == "assistant"
+    assert normalise(raw({"messages": [USER], "answer": "x"}), want="prompt").columns == {"answer": "x"}
+    assert normalise(raw({"query": "q"}), want="prompt").messages == [{"role": "user", "content": "q"}]
+    assert normalise(raw({"instruction": "q", "output": "o"}), want="prompt").messages[-1]["role"] == "assistant"
 
 
 @settings(deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["messages", "query", "response", "instruction", "output", "history", "system", "input", "x"]),
+        st.sampled_from(["messages", "query", "response", "instruction", "output", "history", "system", "input", "tools", "images", "text", "x"]),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "type", "text"]), inner),
             max_leaves=6,
         ),
     )
@@ -131,7 +183,7 @@ def test_any_row_is_either_normalised_or_refused_with_its_place(data: dict[str, 
         messages, refusal = [], str(error)
     assert refusal.startswith("a.jsonl:7: ") != any(message["role"] == "assistant" for message in messages)
     assert "\n" not in refusal
-    assert all(isinstance(message["content"], str) for message in messages)
+    assert all(isinstance(message["content"], (str, list)) for message in messages)
 
 
 def test_bad_rows_are_listed_and_too_many_are_an_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +194,10 @@ def test_bad_rows_are_listed_and_too_many_are_an_error(monkeypatch: pytest.Monke
         bad.add(DataError(f"a.jsonl:{i}: wrong"))
     with pytest.raises(DataError) as too_many:
         bad.finish(99)
-    assert str(too_many.value) == ("5 of 99 rows cannot be used, more than 5%: a.jsonl:0: wrong | a.jsonl:1: wrong | a.jsonl:2: wrong | and 2 more")
+    assert str(too_many.value) == (
+        "5 of 99 rows cannot be used, more than 5%: a.jsonl:0: wrong | a.jsonl:1: wrong | a.jsonl:2: wrong | and 2 more; "
+        "mend them, or allow more with --max_bad_rows_ratio"
+    )
     bad.finish(100)
     assert set(caplog.messages) == {
         "5 of 100 rows cannot be used and are left out: a.jsonl:0: wrong | a.jsonl:1: wrong | a.jsonl:2: wrong | and 2 more"
