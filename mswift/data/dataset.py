@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mswift.data.report import LengthReport
-from mswift.data.rows import BadRows, Message, Row, Want, normalise
+from mswift.data.rows import BadRows, Row, Want, normalise
 from mswift.data.sources import SourceSpec, parse_spec, read_source
 from mswift.errors import DataError
 from mswift.log import get_logger
-from mswift.templates import ChatTemplate, Encoded
+from mswift.templates import ChatTemplate, Conversation, Encoded
 
 Truncation: TypeAlias = Literal["delete", "left", "right"]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -220,8 +220,14 @@ def _sample(rows: list[Row], count: int | None, rng: np.random.Generator | None)
     return rows * passes + [rows[i] for i in chosen]
 
 
+def to_conversation(row: Row) -> Conversation:
+    """What a template gets of a row: messages, tools, and the variables of its column ``chat_template_kwargs``."""
+    kwargs = row.columns.get("chat_template_kwargs")
+    return Conversation(row.messages, row.tools or (), kwargs if isinstance(kwargs, dict) else {})
+
+
 def _encode_all(rows: Sequence[Row], template: ChatTemplate, num_proc: int) -> Iterator[list[Encoded] | DataError]:
-    chunks = ([row.messages for row in rows[i : i + _CHUNK]] for i in range(0, len(rows), _CHUNK))
+    chunks = ([to_conversation(row) for row in rows[i : i + _CHUNK]] for i in range(0, len(rows), _CHUNK))
     if num_proc <= 1 or len(rows) <= _CHUNK:
         yield from chain.from_iterable(map(template.encode_batch, chunks))
         return
@@ -236,7 +242,7 @@ def _start_worker(template: ChatTemplate) -> None:
     _worker[:] = [template]
 
 
-def _work(conversations: Sequence[Sequence[Message]]) -> list[list[Encoded] | DataError]:
+def _work(conversations: Sequence[Conversation]) -> list[list[Encoded] | DataError]:
     return _worker[0].encode_batch(conversations)
 
 

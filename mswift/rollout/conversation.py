@@ -11,7 +11,7 @@ from mswift.rollout.console import Console
 from mswift.rollout.generate import Generator
 from mswift.rollout.prompts import PromptEncoder
 from mswift.rollout.settings import GenerationSettings
-from mswift.templates.chat import Message
+from mswift.templates import Message
 
 GREETING = """\
 Write a message and press Enter. Commands:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mswift.data.dataset import to_conversation
 from mswift.data.rows import Row
 from mswift.errors import DataError
-from mswift.templates.chat import ChatTemplate, Message
+from mswift.templates import ChatTemplate, Conversation, Message
 
 
 class PromptEncoder:
@@ -22,9 +23,9 @@ class PromptEncoder:
         self.template, self.prefix = template, prefix
         self._prefix_ids: list[int] = template.tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Raises `DataError` where the template refuses the messages."""
-        return self.template.encode_prompt(messages) + self._prefix_ids
+    def encode(self, conversation: Conversation | Sequence[Message]) -> list[int]:
+        """Raises `DataError` where the template refuses the conversation."""
+        return self.template.encode_prompt(conversation) + self._prefix_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def make_questions(rows: Sequence[Row], encoder: PromptEncoder, *, max_length: i
         if not messages:
             raise DataError(f"{row.where}: holds an assistant turn only; wanted a user turn to answer")
         try:
-            prompt = encoder.encode(messages)
+            prompt = encoder.encode(replace(to_conversation(row), messages=messages))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from error
         if cut_to is not None:

@@ -1,7 +1,9 @@
-"""Conversations to token ids and per-token weights, by the checkpoint's own chat template."""
+"""Conversations to token ids and per-token weights, by the checkpoint's own chat template or one given by name."""
 
 from __future__ import annotations
 
-from mswift.templates.chat import ChatTemplate, Encoded, LossScale, Message
+from mswift.templates.chat import ChatTemplate
+from mswift.templates.conversation import Conversation, Encoded, Message, Tool
+from mswift.templates.loss_scale import LossScale, parse_loss_scale
 
-__all__ = ["ChatTemplate", "Encoded", "LossScale", "Message"]
+__all__ = ["ChatTemplate", "Conversation", "Encoded", "LossScale", "Message", "Tool", "parse_loss_scale"]

@@ -1,0 +1,51 @@
+"""What goes into a template and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+"""``role``, ``content`` (a text or a list of blocks), and optionally ``tool_calls``, ``reasoning_content``, ``loss``, ``loss_scale``."""
+Tool: TypeAlias = dict[str, Any]
+"""A tool's schema as OpenAI writes it: ``{"type": "function", "function": {"name", "description", "parameters"}}``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, and what else the template is told.
+
+    Args:
+        messages: the turns. tools: schemas of the tools that the assistant may call.
+        kwargs: further variables of the template, such as ``enable_thinking``; they win over the settings of the run.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Conversation | Sequence[Message]) -> Conversation:
+        """Messages alone are a conversation without tools."""
+        return given if isinstance(given, Conversation) else cls(given)
+
+    def upto(self, end: int) -> Conversation:
+        """The conversation before message number ``end``."""
+        return Conversation(self.messages[:end], self.tools, self.kwargs)
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One training row: token ids, and for each token how much its prediction counts in the loss (0.0 = not trained)."""
+
+    input_ids: list[int]
+    weights: list[float]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def join_path(index: int, field_name: str = "") -> str:
+    """How an error names a message, or a field of it."""
+    return f"messages[{index}]{'.' if field_name else ''}{field_name}"
