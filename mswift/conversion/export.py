@@ -91,10 +91,18 @@ def export_model(
         walk = _Walk(plan, temporary, groups, dtype, progress, finished)
         walk.run(local)
         _finish(temporary, target, plan, config, copies, groups)
+    except ConversionError as error:
+        if source is not None and _has_finished(temporary):
+            raise ConversionError(f"{error}; finished files are kept: the same command with --resume true goes on") from error
+        raise
     finally:
-        if groups.rank == 0 and source is None:
+        if groups.rank == 0 and (source is None or not _has_finished(temporary)):
             shutil.rmtree(temporary, ignore_errors=True)
     return ExportReport(target, plan.num_tensors, plan.nbytes, len(plan.files), walk.done, time.perf_counter() - begun, len(finished))
+
+
+def _has_finished(temporary: Path) -> bool:
+    return any(temporary.glob("*.safetensors"))
 
 
 class _Walk:

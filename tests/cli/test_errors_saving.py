@@ -62,7 +62,7 @@ def test_a_checkpoint_that_is_cut_short(limit: int, half: Lab, heavy: Worker) ->
 def test_a_whole_model_that_is_cut_short(lab: Lab, heavy: Worker) -> None:
     outcome = heavy.run(lab.sft("--tuner_type", "full"), lab.folder, file_limit=300_000)
     assert outcome.code == 2
-    assert_failed(outcome.err, "saving out/checkpoint-2 failed", "model.safetensors: File too large", ADVICE)
+    assert_failed(outcome.err, "saving out/checkpoint-2 failed", "model.safetensors.part: File too large", ADVICE)
     assert {path.name for path in (lab.folder / "out").iterdir()} == {"args.json", "logging.jsonl"}
 
 
@@ -77,7 +77,7 @@ def test_an_export_that_is_cut_short(lab: Lab, heavy: Worker) -> None:
     words = lab.export()
     before = contents(lab.folder)
     outcome = heavy.run(words, lab.folder, file_limit=300_000)
-    assert_one_line(outcome, "model.safetensors: File too large", "free some space or choose another directory")
+    assert_one_line(outcome, "model.safetensors.part: File too large", "free some space or choose another directory")
     assert contents(lab.folder) == before
 
 

@@ -33,7 +33,7 @@ class RankError(RuntimeError):
         self.rank = rank
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
     """Call ``fn(rank, world_size, *args)`` on ``world_size`` processes with torch.distributed (gloo) set up; returns the results by rank.
 
     Args:

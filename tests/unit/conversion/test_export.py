@@ -170,6 +170,32 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failure_keeps_what_is_finished_for_resume(tmp_path: Path) -> None:
+    model = Model(layers=1)
+    hf = model.tensors()
+    good = parameters_of(model, hf)
+    target, draft = tmp_path / "out", tmp_path / ".out.partial"
+    common = {"config": CONFIG, "max_shard_size": 1, "source": {"model": "a"}}
+
+    def fail_at(place: int, **more: object) -> None:
+        bad = replace(good[place], value=lambda: torch.zeros(1))
+        export_model([*good[:place], bad, *good[place + 1 :]], model.rules(), target, **common | more)  # type: ignore[arg-type]
+
+    with pytest.raises(ConversionError, match="its value has") as caught:
+        fail_at(0)
+    assert "--resume" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [], "nothing was finished, so nothing is worth keeping"
+    with pytest.raises(ConversionError, match="finished files are kept: the same command with --resume true goes on"):
+        fail_at(3)
+    finished = {path.name: path.stat().st_mtime_ns for path in draft.glob("*.safetensors")}
+    assert finished
+    report = export_model(good, model.rules(), target, resume=True, **common)  # type: ignore[arg-type]
+    assert report.reused == len(finished)
+    assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
+    assert equal_bits(read_all(target), hf)
+    assert not draft.exists()
+
+
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     hf = model.tensors()
