@@ -16,7 +16,7 @@ from mswift.errors import CheckpointError, ConfigError, one_line
 from mswift.log import get_logger, is_main_process, progress_bar
 
 if TYPE_CHECKING:
-    from mswift.data import EncodedDataset
+    from mswift.data import TokenRows
     from mswift.data.batches import Batches
     from mswift.data.rows import Row
     from mswift.engines.megatron import MegatronEngine
@@ -132,7 +132,7 @@ def _read_rows(config: SftConfig) -> tuple[list[Row], list[Row]]:
 
 def _encode(
     config: SftConfig, template: ChatTemplate, train_rows: list[Row], eval_rows: list[Row], output_dir: Path, directory: Path
-) -> tuple[EncodedDataset, EncodedDataset | None]:
+) -> tuple[TokenRows, TokenRows | None]:
     from mswift.data import encode_dataset
 
     limit = json.loads((directory / "config.json").read_text(encoding="utf8")).get("max_position_embeddings")
@@ -183,7 +183,7 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
     return MegatronEngine(model, settings, seed=train.seed, source=config.model.model)
 
 
-def _batches(config: SftConfig, session: Session, data: EncodedDataset, template: ChatTemplate, *, evaluation: bool = False) -> Batches:
+def _batches(config: SftConfig, session: Session, data: TokenRows, template: ChatTemplate, *, evaluation: bool = False) -> Batches:
     from mswift.data.batches import Batches
 
     layout = session.groups.layout
@@ -201,7 +201,7 @@ def _batches(config: SftConfig, session: Session, data: EncodedDataset, template
     )
 
 
-def _identity(config: SftConfig, engine: MegatronEngine, directory: Path, data: EncodedDataset, global_batch_size: int) -> RunIdentity:
+def _identity(config: SftConfig, engine: MegatronEngine, directory: Path, data: TokenRows, global_batch_size: int) -> RunIdentity:
     from mswift.train.folders import RunIdentity, fingerprint_model
 
     return RunIdentity(
@@ -224,7 +224,7 @@ def _resume(engine: MegatronEngine, resume_from: Path | None, identity: RunIdent
 
 
 def _announce(
-    config: SftConfig, engine: MegatronEngine, counts: tuple[int, int], train: EncodedDataset, evaluation: EncodedDataset | None, output_dir: Path
+    config: SftConfig, engine: MegatronEngine, counts: tuple[int, int], train: TokenRows, evaluation: TokenRows | None, output_dir: Path
 ) -> None:
     """The table, once; what was made of the data and the model in a line each."""
     trained, total = counts

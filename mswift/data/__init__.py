@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from mswift.data.dataset import EncodedDataset, LengthReport, encode_dataset, load_dataset, split
+from mswift.data.dataset import load_dataset, split
+from mswift.data.encoded import EncodedDataset, TokenRows
+from mswift.data.encoding import encode_dataset
+from mswift.data.report import LengthReport
 from mswift.data.rows import Row, normalise
 from mswift.data.sources import RawRow, SourceSpec, check_sources, parse_spec, read_source
 
@@ -15,6 +18,7 @@ __all__ = [
     "RawRow",
     "Row",
     "SourceSpec",
+    "TokenRows",
     "check_sources",
     "encode_dataset",
     "load_dataset",

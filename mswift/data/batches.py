@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mswift.data.dataset import EncodedDataset
+from mswift.data.encoded import TokenRows
+from mswift.data.packing import PackIndex
 from mswift.errors import DataError
 
 IGNORED_LABEL = -100
@@ -50,18 +52,21 @@ class MicroBatch:
 
 
 class Batches:
-    """Deals an encoded data set out in global batches.
+    """Deals an encoded data set out in global batches of rows, or of packs of rows.
 
-    In a global batch the rows are sorted by length, longest first (so that too little memory shows in the first micro batch), and cut into
-    micro batches; micro batch ``j`` goes to rank ``j % dp_size``. A rank that would have one less gets a filler: one row of padding with weights
-    0. A short last global batch is kept unless ``drop_last``: a loss that is a sum over a global weight stays exact.
+    The rows of a global batch are sorted by what they cost, dearest first (so that too little memory shows in the first micro batch), and cut
+    into micro batches: rows side by side of nearly one length together, rows end to end so that every micro batch costs about the same. In
+    each round every rank gets one micro batch, the rank that has had least the dearest one. A rank that would have one less gets a filler: one
+    row of padding with weights 0. A short last global batch is kept unless ``drop_last``: a loss that is a sum over a global weight stays exact.
 
     Args:
-        micro_batch_size, global_batch_size: in rows; the global one counts all ranks.
+        micro_batch_size, global_batch_size: in rows, or in packs; the global one counts all ranks.
         seed, shuffle: order of each epoch; without ``shuffle`` that of the data set, as evaluation wants it.
         dp_rank, dp_size: this rank's place on the data-parallel axis.
         pad_token_id: fills the right end of ``input_ids``.
         pad_to_multiple: ``s`` is rounded up to a multiple of this (tensor-parallel size with sequence parallelism).
+        padding_free: rows lie end to end. packs: which rows share a pack; they lie end to end.
+        linear_cost: tokens at which a row's attention costs as much as all the rest.
 
     Raises:
         DataError: an empty data set, a size below 1, a rank outside its axis, or ``drop_last`` that leaves no step.
@@ -69,7 +74,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: EncodedDataset,
+        dataset: TokenRows,
         *,
         micro_batch_size: int,
         global_batch_size: int,
@@ -80,6 +85,9 @@ class Batches:
         pad_token_id: int = 0,
         pad_to_multiple: int = 1,
         drop_last: bool = False,
+        padding_free: bool = False,
+        packs: PackIndex | None = None,
+        linear_cost: int = 8192,
     ) -> None:
         sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size, "dp_size": dp_size, "pad_to_multiple": pad_to_multiple}
         for name, size in sizes.items():
@@ -89,16 +97,19 @@ class Batches:
             raise DataError(f"dp_rank is {dp_rank}, wanted 0 to {dp_size - 1}")
         if not len(dataset):
             raise DataError("the data set is empty; check --dataset and --max_length")
-        if drop_last and len(dataset) < global_batch_size:
+        self.dataset, self.packs = dataset, packs
+        self.num_units = len(dataset) if packs is None else len(packs.of_epoch(0))
+        self.end_to_end = padding_free or packs is not None
+        if drop_last and self.num_units < global_batch_size:
+            what = "rows" if packs is None else "packs"
             raise DataError(
-                f"the data set has {len(dataset)} rows, less than one global batch of {global_batch_size}; keep the last batch or lower it"
+                f"the data set has {self.num_units} {what}, less than one global batch of {global_batch_size}; keep the last batch or lower it"
             )
-        self.dataset = dataset
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.linear_cost = seed, shuffle, linear_cost
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_token_id, self.pad_to_multiple = pad_token_id, pad_to_multiple
-        self.steps_per_epoch = len(dataset) // global_batch_size if drop_last else -(-len(dataset) // global_batch_size)
+        self.steps_per_epoch = self.num_units // global_batch_size if drop_last else -(-self.num_units // global_batch_size)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def epoch_of(self, k: int) -> int:
@@ -109,42 +120,76 @@ class Batches:
         """Positions in the data set of all micro batches of step ``k``, on all ranks."""
         if k < 0:
             raise ValueError(f"step {k}, wanted at least 0")
-        begin = k % self.steps_per_epoch * self.global_batch_size
-        chosen = self._epoch_order(self.epoch_of(k))[begin : begin + self.global_batch_size]
-        ordered = chosen[np.argsort(-self.dataset.lengths[chosen], kind="stable")].tolist()
-        return [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
+        epoch, begin = self.epoch_of(k), k % self.steps_per_epoch * self.global_batch_size
+        chosen = self._epoch_order(epoch)[begin : begin + self.global_batch_size].tolist()
+        packs = None if self.packs is None else self.packs.of_epoch(epoch)
+        units = [[unit] for unit in chosen] if packs is None else [packs.rows_of(unit) for unit in chosen]
+        dearest = sorted(units, key=self.cost, reverse=True)
+        size = self.micro_batch_size
+        if not self.end_to_end:
+            return [list(chain.from_iterable(dearest[i : i + size])) for i in range(0, len(dearest), size)]
+        number = -(-len(dearest) // size)
+        turns = (dearest[i : i + number] for i in range(0, len(dearest), number))
+        parts: list[list[int]] = [[] for _ in range(number)]
+        for turn, dealt in enumerate(turns):  # there and back, so that what is dear meets what is cheap
+            for part, unit in zip(parts if turn % 2 == 0 else reversed(parts), dealt, strict=False):
+                part += unit
+        return sorted(parts, key=self.cost, reverse=True)
+
+    def cost(self, rows: Sequence[int]) -> int:
+        """What it takes to compute these rows end to end, in arbitrary units: attention grows with the square of each row's length."""
+        lengths = self.dataset.lengths[rows]
+        return int((lengths * (lengths + self.linear_cost)).sum())
 
     def step(self, k: int) -> list[MicroBatch]:
         """This rank's micro batches of global step ``k``; every rank has the same number of them."""
         parts = self.rows_of(k)
-        num_rounds = -(-len(parts) // self.dp_size)
-        mine = range(self.dp_rank, num_rounds * self.dp_size, self.dp_size)
-        return [self._micro_batch(j, parts[j] if j < len(parts) else []) for j in mine]
+        return [self._micro_batch(j, parts[j] if j < len(parts) else []) for j in self.dealt(parts)[self.dp_rank]]
+
+    def dealt(self, parts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The numbers of the micro batches of each rank, equally many; those beyond `parts` are fillers."""
+        loads, ranks = [0] * self.dp_size, list[list[int]]([[] for _ in range(self.dp_size)])
+        for first in range(0, len(parts), self.dp_size):
+            least = sorted(range(self.dp_size), key=loads.__getitem__)
+            for number, rank in enumerate(least, start=first):
+                ranks[rank].append(number)
+                loads[rank] += self.cost(parts[number]) if number < len(parts) else 0
+        return ranks
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
         known = self._order
         if known is None or known[0] != epoch:
-            size = len(self.dataset)
+            size = self.num_units
             order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(size) if self.shuffle else np.arange(size)
             self._order = known = (epoch, order)
         return known[1]
 
     def _micro_batch(self, index: int, rows: list[int]) -> MicroBatch:
-        longest = max((int(self.dataset.lengths[row]) for row in rows), default=1)
-        width = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
-        height = max(len(rows), 1)
+        lengths = self.dataset.lengths[rows].tolist() if rows else []
+        num_tokens = sum(lengths)
+        total = num_tokens if self.end_to_end else max(lengths, default=0)
+        width = -(-max(total, 1) // self.pad_to_multiple) * self.pad_to_multiple
+        height = 1 if self.end_to_end else max(len(rows), 1)
         ids = np.full((height, width), self.pad_token_id, np.int64)
         labels = np.full((height, width), IGNORED_LABEL, np.int64)
         weights = np.zeros((height, width), np.float32)
+        bounds = [0]
         for i, row in enumerate(rows):
+            line, start = (0, bounds[-1]) if self.end_to_end else (i, 0)
             row_ids, row_weights = self.dataset.arrays(row)
-            length = len(row_ids)
-            ids[i, :length] = row_ids
-            weights[i, : length - 1] = row_weights[1:]
-            labels[i, : length - 1] = np.where(row_weights[1:] != 0, row_ids[1:], IGNORED_LABEL)
-        positions = torch.arange(width).expand(height, width).contiguous()
-        num_tokens = int(self.dataset.lengths[rows].sum()) if rows else 0
-        return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights), positions, index, num_tokens, rows)
+            end = start + len(row_ids)
+            ids[line, start:end] = row_ids
+            weights[line, start : end - 1] = row_weights[1:]
+            labels[line, start : end - 1] = np.where(row_weights[1:] != 0, row_ids[1:], IGNORED_LABEL)
+            bounds.append(end)
+        tensors = (torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights))
+        if not self.end_to_end:
+            return MicroBatch(*tensors, torch.arange(width).expand(height, width).contiguous(), index, num_tokens, rows)
+        if bounds[-1] < width:
+            bounds.append(width)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        positions = torch.arange(width) - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff()).long()
+        return MicroBatch(*tensors, positions[None], index, num_tokens, rows, cu_seqlens)
 
 
 def padding_share(micro_batches: Sequence[MicroBatch]) -> float:

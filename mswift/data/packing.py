@@ -101,9 +101,9 @@ class PackIndex:
     def fingerprint(self, epoch: int) -> str:
         """Of all that the packs of an epoch depend on."""
         digest = hashlib.sha256(repr((1, self.capacity, self.seed, self.shuffle, epoch, self.strategy)).encode())
-        digest.update(np.ascontiguousarray(self.lengths, np.int64))
+        digest.update(np.ascontiguousarray(self.lengths, np.int64).data)
         if self.groups is not None:
-            digest.update(np.ascontiguousarray(self.groups, np.int64))
+            digest.update(np.ascontiguousarray(self.groups, np.int64).data)
         return digest.hexdigest()[:16]
 
     def _pack(self, epoch: int) -> Packs:

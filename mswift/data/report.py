@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mswift.data.rows import Row
 
 REPORT_NAME = "dropped_rows.txt"
 
 
 @dataclass(slots=True)
 class SourceCount:
-    """Training rows of one source, counted."""
+    """Training rows of one source, counted; ``pieces`` of the ``split`` ones are among the ``kept``."""
 
     kept: int = 0
     truncated: int = 0
     too_long: int = 0
     nothing_to_train: int = 0
     refused: int = 0
+    split: int = 0
+    pieces: int = 0
+    pieces_left_out: int = 0
 
     @property
     def dropped(self) -> int:
@@ -28,10 +38,10 @@ class LengthReport:
     """Counts and places; lengths are in tokens, before cutting.
 
     Attributes:
-        max_length: the limit, ``None`` = none. truncation: ``delete``, ``left`` or ``right``.
+        max_length: the limit, ``None`` = none. truncation: ``delete``, ``left``, ``right`` or ``split``.
         sources: counts by source name, in order of appearance (``truncated`` rows are among the ``kept``).
         shortest, longest: lengths over all rows that the template could encode; 0 where there are none.
-        dropped: source, line and reason of each dropped row.
+        dropped: source, line and reason of each dropped row, and of each row that lost a piece.
     """
 
     max_length: int | None
@@ -51,12 +61,32 @@ class LengthReport:
 
     @property
     def num_dropped(self) -> int:
-        return len(self.dropped)
+        """Rows of which nothing is left."""
+        return sum(count.dropped for count in self.sources.values())
 
     def kept(self, source: str, length: int) -> None:
         count = self._seen(source, length)
         count.kept += 1
         count.truncated += self.max_length is not None and length > self.max_length
+
+    def kept_whole(self, origins: Sequence[Row], lengths: npt.NDArray[np.int64]) -> None:
+        """Rows of which nothing was cut."""
+        for source, number in Counter(row.source for row in origins).items():
+            self.sources.setdefault(source, SourceCount()).kept += number
+        if len(lengths):
+            self.shortest = min(self.shortest or int(lengths[0]), int(lengths.min()))
+            self.longest = max(self.longest, int(lengths.max()))
+
+    def cut(self, source: str, line: int, length: int, kept: int, pieces: int) -> None:
+        """A row that was cut into so many pieces, of which so many have something to train."""
+        count = self._seen(source, length)
+        count.kept += kept
+        count.split += 1
+        count.pieces += kept
+        if kept < pieces:
+            count.pieces_left_out += pieces - kept
+            reason = f"{pieces - kept} of {pieces} pieces left out: cut from {length} tokens, they have no token with a weight"
+            self.dropped.append((source, line, reason))
 
     def too_long(self, source: str, line: int, length: int) -> None:
         self._seen(source, length).too_long += 1
@@ -65,7 +95,8 @@ class LengthReport:
     def nothing_to_train(self, source: str, line: int, length: int) -> None:
         self._seen(source, length).nothing_to_train += 1
         cut = self.max_length is not None and length > self.max_length
-        reason = f"cut {self.truncation} from {length} to {self.max_length} tokens, it has" if cut else "it has"
+        how = "into pieces" if self.truncation == "split" else self.truncation
+        reason = f"cut {how} from {length} to {self.max_length} tokens, it has" if cut else "it has"
         self.dropped.append((source, line, f"nothing to train: {reason} no token with a weight"))
 
     def refused(self, source: str, line: int, reason: str) -> None:
@@ -107,6 +138,10 @@ def _counted(count: SourceCount, truncation: str) -> str:
     text = f"{count.kept} rows kept"
     if count.truncated:
         text += f" ({count.truncated} cut {truncation})"
+    if count.split:
+        text += f" ({count.split} cut into {count.pieces})"
+    if count.pieces_left_out:
+        text += f", {count.pieces_left_out} pieces left out (nothing to train)"
     reasons = {"too long": count.too_long, "with nothing to train": count.nothing_to_train, "refused by the template": count.refused}
     listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
     return f"{text}, {count.dropped} dropped ({listed})" if count.dropped else text

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mswift.data.dataset import to_conversation
+from mswift.data.encoding import to_conversation
 from mswift.data.rows import Row
 from mswift.errors import DataError
 from mswift.templates import ChatTemplate, Conversation, Message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mswift.data.batches import Batches, MicroBatch, padding_share
-from mswift.data.dataset import EncodedDataset
+from mswift.data.encoded import EncodedDataset
+from mswift.data.packing import PackIndex
 from mswift.data.report import LengthReport
 from mswift.data.rows import Row
 from mswift.errors import DataError
@@ -25,11 +27,11 @@ def make_dataset(lengths: Sequence[int]) -> EncodedDataset:
     return EncodedDataset(encoded, [Row([], {}, "a.jsonl", i + 1) for i in range(len(lengths))], LengthReport(None, "delete"))
 
 
-def make_batches(dataset: EncodedDataset, **kwargs: int | bool) -> Batches:
-    return Batches(dataset, **{"micro_batch_size": 2, "global_batch_size": 4, **kwargs})  # type: ignore[arg-type]
+def make_batches(dataset: EncodedDataset, **kwargs: Any) -> Batches:
+    return Batches(dataset, **{"micro_batch_size": 2, "global_batch_size": 4, **kwargs})
 
 
-def all_ranks(dataset: EncodedDataset, k: int, dp_size: int, **kwargs: int | bool) -> list[MicroBatch]:
+def all_ranks(dataset: EncodedDataset, k: int, dp_size: int, **kwargs: Any) -> list[MicroBatch]:
     """The micro batches of step ``k`` on all ranks, in order of their index; every rank has the same number of them."""
     ranks = [make_batches(dataset, dp_rank=rank, dp_size=dp_size, **kwargs).step(k) for rank in range(dp_size)]
     assert len({len(batches) for batches in ranks}) == 1
@@ -135,3 +137,86 @@ def test_wrong_settings_are_one_line(kwargs: dict[str, int | bool], message: str
         make_batches(make_dataset([]))
     with pytest.raises(ValueError, match="step -1, wanted at least 0"):
         make_batches(make_dataset([1])).rows_of(-1)
+
+
+# ---- rows end to end
+
+
+def check_end_to_end(dataset: EncodedDataset, batch: MicroBatch, pad: int, multiple: int) -> None:
+    """Every row of the batch is there as a row alone would be, and nothing else counts."""
+    assert batch.cu_seqlens is not None
+    bounds = batch.cu_seqlens.tolist()
+    width = batch.input_ids.shape[1]
+    assert batch.input_ids.shape[0] == 1
+    assert bounds[0] == 0
+    assert bounds[-1] == width
+    assert width % multiple == 0
+    assert width - batch.num_tokens < multiple or not batch.rows
+    for row, start, end in zip(batch.rows, bounds[:-1], bounds[1:], strict=False):
+        alone = Batches(dataset, micro_batch_size=1, global_batch_size=1)._micro_batch(0, [row])
+        for name in ("input_ids", "labels", "weights", "position_ids"):
+            assert torch.equal({**tensors(batch)}[name][0, start:end], {**tensors(alone)}[name][0]), name
+    assert batch.num_tokens == bounds[len(batch.rows)]
+    assert (batch.input_ids[0, batch.num_tokens :] == pad).all()
+    assert (batch.labels[0, batch.num_tokens :] == -100).all()
+    assert not batch.weights[0, batch.num_tokens :].any()
+
+
+def tensors(batch: MicroBatch) -> dict[str, torch.Tensor]:
+    return {"input_ids": batch.input_ids, "labels": batch.labels, "weights": batch.weights, "position_ids": batch.position_ids}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), sizes, sizes, sizes, st.integers(0, 2), st.booleans(), st.integers(1, 4))
+def test_packed_rows_are_seen_once_an_epoch_on_any_number_of_ranks(
+    lengths: list[int], micro: int, total: int, dp: int, epoch: int, packing: bool, multiple: int
+) -> None:
+    dataset = make_dataset(lengths)
+    kwargs: dict[str, Any] = {"micro_batch_size": micro, "global_batch_size": total, "pad_token_id": 7, "pad_to_multiple": multiple}
+    kwargs |= {"packs": PackIndex(dataset.lengths, 12)} if packing else {"padding_free": True}
+    steps = make_batches(dataset, **kwargs).steps_per_epoch
+    seen: list[int] = []
+    for k in range(epoch * steps, (epoch + 1) * steps):
+        alone, spread = all_ranks(dataset, k, 1, **kwargs), all_ranks(dataset, k, dp, **kwargs)
+        real = [batch for batch in spread if batch.rows]
+        assert [batch.rows for batch in real] == [batch.rows for batch in alone]
+        for batch in spread:
+            check_end_to_end(dataset, batch, 7, multiple)
+        if packing and micro == 1:
+            assert all(batch.num_tokens <= 12 for batch in real)
+        seen += [row for batch in real for row in batch.rows]
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_ranks_and_micro_batches_cost_about_the_same() -> None:
+    """By the squares of the lengths as well as by their sum: a pack of one long row costs more than one of many short ones."""
+    lengths = np.clip(np.random.default_rng(1).lognormal(5.0, 1.2, 4000), 4, 2048).astype(int).tolist()
+    dataset = make_dataset(lengths)
+    packs = PackIndex(dataset.lengths, 2048)
+    batches = Batches(dataset, micro_batch_size=1, global_batch_size=32, dp_size=4, packs=packs, linear_cost=256)
+    squares = dataset.lengths**2
+    spread, rounds, uneven = [], [], list[float]()
+    for k in range(batches.steps_per_epoch - 1):
+        parts = batches.rows_of(k)
+        dealt = batches.dealt(parts)
+        assert sorted(number for rank in dealt for number in rank) == list(range(32))
+        loads = [sum(int(squares[parts[number]].sum()) for number in rank) for rank in dealt]
+        spread.append(max(loads) / min(loads))
+        costs = [batches.cost(part) for part in parts]
+        rounds.append(np.mean([max(costs[i : i + 4]) / min(costs[i : i + 4]) for i in range(0, 32, 4)]))
+        tokens = [sum(int(dataset.lengths[parts[number]].sum()) for number in rank) for rank in dealt]
+        uneven.append(max(tokens) / min(tokens))
+    unsorted = [np.random.default_rng(k).permutation(packs.of_epoch(0).sums(squares))[:32].reshape(4, 8).sum(1) for k in range(50)]
+    by_chance = np.mean([loads.max() / loads.min() for loads in unsorted])
+    assert np.mean(spread) < 1.08
+    assert sorted(uneven)[-2] < 1.001, "all but the step that has the last pack, which is not full"
+    assert np.median(rounds) < 1.3
+    assert by_chance > 1.3, "there is something to balance"
+
+
+def test_micro_batches_of_several_packs_are_balanced_too() -> None:
+    dataset = make_dataset([9, 1, 8, 2, 7, 3, 6, 4])
+    batches = Batches(dataset, micro_batch_size=2, global_batch_size=8, shuffle=False, padding_free=True, linear_cost=0)
+    assert sorted(sorted(dataset.lengths[part].tolist()) for part in batches.rows_of(0)) == [[1, 9], [2, 8], [3, 7], [4, 6]]
+    costs = [batches.cost(part) for part in batches.rows_of(0)]
+    assert costs == sorted(costs, reverse=True)

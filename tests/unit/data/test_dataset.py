@@ -155,6 +155,26 @@ def test_long_rows_are_cut(chatml: ChatTemplate, tmp_path: Path, truncation: Any
     assert not (tmp_path / "dropped_rows.txt").exists()
 
 
+def test_long_rows_are_cut_into_several(chatml: ChatTemplate, tmp_path: Path) -> None:
+    rows = rows_of("a", "b" * 90)
+    rows[1].messages[0]["content"] = "long " * 30
+    whole = chatml.encode(rows[1].messages)
+    encoded = encode_dataset(rows, chatml, max_length=20, truncation="split", report_dir=tmp_path)
+    pieces = [slice(start, start + 20) for start in range(0, len(whole), 20)]
+    trained = [piece for piece in pieces if any(whole.weights[piece][1:])]
+    assert 0 < len(trained) < len(pieces), "the question is longer than a piece"
+    assert [row.input_ids for row in encoded][1:] == [whole.input_ids[piece] for piece in trained]
+    assert [row.weights for row in encoded][1:] == [whole.weights[piece] for piece in trained]
+    assert [encoded.where(i) for i in range(len(encoded))] == ["a.jsonl:1", *["a.jsonl:2"] * len(trained)]
+    lost = len(pieces) - len(trained)
+    assert encoded.report.lines() == [f"a.jsonl: {1 + len(trained)} rows kept (1 cut into {len(trained)}), {lost} pieces left out (nothing to train)"]
+    reason = f"{lost} of {len(pieces)} pieces left out: cut from {len(whole)} tokens, they have no token with a weight"
+    assert (tmp_path / "dropped_rows.txt").read_text() == f"a.jsonl:2\t{reason}\n"
+    assert encoded.report.num_dropped == 0
+    with pytest.raises(DataError, match=r"2 dropped \(2 with nothing to train\)"):
+        encode_dataset(rows, chatml, max_length=1, truncation="split")
+
+
 def test_a_cut_row_with_nothing_to_train_is_dropped(chatml: ChatTemplate, tmp_path: Path) -> None:
     rows = rows_of("a", "b")
     rows[1].messages[0]["content"] = "long " * 40

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mswift.data.batches import Batches, MicroBatch
-from mswift.data.dataset import EncodedDataset
+from mswift.data.encoded import EncodedDataset
 from mswift.data.prefetch import Prefetcher
 from mswift.data.report import LengthReport
 from mswift.data.rows import Row
