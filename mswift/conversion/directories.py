@@ -162,7 +162,13 @@ def read_weights(directory: Path) -> Weights:
 
 def is_megatron(directory: Path) -> bool:
     """Whether a model directory holds its weights in Megatron's form rather than as safetensors."""
-    return (directory / MCORE_FILE).is_file() and (directory / MCORE_WEIGHTS).is_dir() and (directory / CONFIG_FILE).is_file()
+    return (directory / MCORE_FILE).is_file() and (directory / CONFIG_FILE).is_file() and megatron_weights(directory).is_dir()
+
+
+def megatron_weights(directory: Path) -> Path:
+    """The folder of the distributed checkpoint that the one by which Megatron-LM finds it names: ``release``, or ``iter_0000100`` of a training run."""
+    word = (directory / MCORE_FILE).read_text(encoding="utf8", errors="replace").strip()
+    return directory / (f"iter_{int(word):07d}" if word.isdecimal() else MCORE_WEIGHTS)
 
 
 def is_megatron_adapter(directory: Path) -> bool:

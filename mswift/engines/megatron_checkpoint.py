@@ -22,11 +22,12 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from mswift.conversion.coverage import fail_on, gap, rules_by_target
-from mswift.conversion.directories import ADAPTER_CONFIG_FILE, CONFIG_FILE, MCORE_FILE, MCORE_WEIGHTS, read_json
+from mswift.conversion.directories import ADAPTER_CONFIG_FILE, CONFIG_FILE, MCORE_FILE, MCORE_WEIGHTS, megatron_weights, read_json
 from mswift.conversion.dist_checkpoint import PartsWriter, load_tensors, save_state, stored_shapes
 from mswift.conversion.export import plain_config
 from mswift.conversion.load import LocalParameter, Progress, gather_names
 from mswift.conversion.staging import begin_draft, check_space, check_target, draft_of, parse_size, publish, stamp_of
+from mswift.engines.megatron_keys import EXTRA_STATE, FOREIGN, add_extra_states, fit_to_stored
 from mswift.errors import CheckpointError
 from mswift.families.modules import CausalLM
 from mswift.log import is_main_process
@@ -82,7 +83,10 @@ def write_checkpoint(
 
     agree(attempt(begin), f"writing {directory}")
     writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model.ensure, progress)
-    state = {**_sharded(model), "content_metadata": _LAYOUT_FREE, "checkpoint_version": 3.0, "iteration": 0}
+    described = _sharded(model)
+    for chunk in described.values():
+        add_extra_states(chunk)
+    state = {**described, "content_metadata": _LAYOUT_FREE, "checkpoint_version": 3.0, "iteration": 0}
     try:
         save_state(state, draft / MCORE_WEIGHTS, f"writing {directory}", writer=writer)
     except CheckpointError as error:
@@ -128,10 +132,13 @@ def read_checkpoint(model: MegatronModel, parameters: list[LocalParameter]) -> N
 
 def _fill(model: MegatronModel, directory: Path, padded: set[int]) -> None:
     """Read base or adapter in place. `padded`: storages that may be longer or shorter in the file, by zeros."""
-    stored, state = stored_shapes(directory / MCORE_WEIGHTS), _sharded(model)
+    folder = megatron_weights(directory)
+    stored, state = {key: shape for key, shape in stored_shapes(folder).items() if not key.startswith(FOREIGN)}, _sharded(model)
     for chunk in state.values():
-        for name in [name for name in chunk if name.endswith("_extra_state")]:
+        for name in [name for name in chunk if name.endswith(EXTRA_STATE)]:
             del chunk[name]  # written for readers that ask for it; empty without Transformer Engine
+    for shard in _shards(state):
+        fit_to_stored(shard, stored, model.config.num_layers)
     wanted = {shard.key for shard in _shards(state)}
     everywhere = gather_names(wanted)
     fail_on(
@@ -146,7 +153,7 @@ def _fill(model: MegatronModel, directory: Path, padded: set[int]) -> None:
         if tuple(shard.global_shape) != stored[shard.key] and base in padded:
             shard.allow_shape_mismatch = True
     try:
-        load_tensors(state, directory / MCORE_WEIGHTS)
+        load_tensors(state, folder)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}; convert it again") from error
 

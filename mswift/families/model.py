@@ -41,6 +41,7 @@ from mswift.families.modules import (
     SdpaAttention,
     StyledRouter,
 )
+from mswift.families.te_names import fused_norms
 from mswift.parallel.groups import Groups
 from mswift.parallel.layout import ParallelLayout
 from mswift.runtime.device import Runtime
@@ -134,10 +135,9 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
         spec.module = ParallelBlock
     if description.is_recurrent(layer):
         block.self_attention = ModuleSpec(module=DeltaNet)
-        # the key that megatron's own delta net, whose input projection holds the norm, has in a checkpoint
-        block.sharded_state_dict_keys_map = {**block.sharded_state_dict_keys_map, "input_layernorm.": "self_attention.in_proj.layer_norm_"}
     else:
         _describe_attention(block.self_attention, description)
+    block.sharded_state_dict_keys_map = fused_norms(description, layer)  # a checkpoint has the names that Transformer Engine knows
     if experts is not None:
         _describe_mixture(block.mlp, description)
     elif description.mlp_bias:
