@@ -166,7 +166,7 @@ def is_megatron(directory: Path) -> bool:
 
 
 def megatron_weights(directory: Path) -> Path:
-    """The folder of the distributed checkpoint that the one by which Megatron-LM finds it names: ``release``, or ``iter_0000100`` of a training run."""
+    """The folder of the distributed checkpoint, as Megatron-LM finds it: ``release``, or ``iter_0000100`` of a training run."""
     word = (directory / MCORE_FILE).read_text(encoding="utf8", errors="replace").strip()
     return directory / (f"iter_{int(word):07d}" if word.isdecimal() else MCORE_WEIGHTS)
 

@@ -55,8 +55,8 @@ def test_every_parameter_has_a_documented_name(case: str) -> None:
 LAYERS = {
     "llama/plain": (
         0,
-        ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight", "self_attention.linear_qkv.weight"]
-        + ["self_attention.linear_proj.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"],
+        [f"self_attention.linear_{name}weight" for name in ("qkv.layer_norm_", "qkv.", "proj.")]
+        + [f"mlp.linear_{name}weight" for name in ("fc1.layer_norm_", "fc1.", "fc2.")],
     ),
     "deepseek_v3/plain": (
         0,
