@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mswift.commands import session as sessions
-from mswift.commands.session import Session, find_adapter, find_model, load_model, make_template, open_session
+from mswift.commands.session import Session, check_data, find_adapter, find_model, load_model, make_template, open_session, reading
 from mswift.config import InferConfig
 from mswift.errors import ConfigError
 from mswift.log import get_logger, is_main_process, progress_bar
@@ -31,12 +31,10 @@ def check(config: InferConfig, world: int) -> None:
     Raises:
         MswiftError: model, layout, adapter or data files are missing, damaged or do not fit.
     """
-    from mswift.data import check_sources
-
     sessions.check(config, world)
     adapter = find_adapter(config.infer.adapters)
     if config.data.val_dataset:
-        check_sources(config.data.val_dataset, use_hf=config.model.use_hf)
+        check_data(config)
         _result_path(config, adapter)
 
 
@@ -70,7 +68,8 @@ def _read_rows(config: InferConfig) -> list[Row] | None:
     data = config.data
     if not data.val_dataset:
         return None
-    return load_dataset(data.val_dataset, columns=data.columns or None, shuffle=False, strict=data.strict, use_hf=config.model.use_hf, want="prompt")
+    check_data(config)
+    return load_dataset(data.val_dataset, shuffle=False, want="prompt", **reading(config))
 
 
 def _result_path(config: InferConfig, adapter: Path | None) -> Path:

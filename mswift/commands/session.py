@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mswift.config import Config, ExportConfig, ModelSection, ParallelSection, RuntimeSection, TemplateSection
+from mswift.config import Config, ExportConfig, InferConfig, ModelSection, ParallelSection, RuntimeSection, SftConfig, TemplateSection
 from mswift.conversion.directories import ADAPTER_CONFIG_FILE, check_tokenizer, is_megatron, read_adapter_config, read_json
 from mswift.errors import ConfigError, ModelError, one_line
 from mswift.parallel.layout import ParallelLayout
@@ -110,6 +110,33 @@ def find_adapter(adapters: Sequence[str]) -> Path | None:
     path = checkpoints[-1] if checkpoints else path
     read_adapter_config(path)
     return path
+
+
+def check_data(config: SftConfig | InferConfig) -> None:
+    """Register what plugins and descriptions of data sets say, and look whether all files are there. Needs no torch of ours.
+
+    Raises:
+        ConfigError: a plugin or a description is wrong. DataError: a file is missing or of no kind that is read.
+    """
+    from mswift.data import check_sources
+    from mswift.data.registry import load_infos, load_plugins
+
+    data = config.data
+    load_plugins(data.external_plugins)
+    load_infos(data.custom_dataset_info)
+    check_sources([*data.dataset, *data.val_dataset] if isinstance(config, SftConfig) else data.val_dataset, use_hf=config.model.use_hf)
+
+
+def reading(config: SftConfig | InferConfig) -> dict[str, Any]:
+    """How `mswift.data.load_dataset` is to read rows, as its keyword arguments."""
+    data = config.data
+    return {
+        "columns": data.columns or None,
+        "strict": data.strict,
+        "max_bad_share": data.max_bad_rows_ratio,
+        "auto": not data.disable_auto_column_mapping,
+        "use_hf": config.model.use_hf,
+    }
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mswift.commands import session as sessions
-from mswift.commands.session import Session, check_writable, find_adapter, find_model, load_model, make_template, open_session, shared
+from mswift.commands.session import (
+    Session,
+    check_data,
+    check_writable,
+    find_adapter,
+    find_model,
+    load_model,
+    make_template,
+    open_session,
+    reading,
+    shared,
+)
 from mswift.config import SftConfig, format_table
 from mswift.errors import CheckpointError, ConfigError, one_line
 from mswift.log import get_logger, is_main_process, progress_bar
@@ -82,9 +93,7 @@ def _check_files(config: SftConfig, output_dir: Path) -> Path | None:
     Raises:
         MswiftError: a data file, an adapter or a checkpoint is missing or damaged, or the output folder cannot be used.
     """
-    from mswift.data import check_sources
-
-    check_sources([*config.data.dataset, *config.data.val_dataset], use_hf=config.model.use_hf)
+    check_data(config)
     find_adapter(config.tuner.adapters)
     return _check_output(config, output_dir)
 
@@ -123,7 +132,7 @@ def _read_rows(config: SftConfig) -> tuple[list[Row], list[Row]]:
     from mswift.data import load_dataset, split
 
     data = config.data
-    common: dict[str, Any] = {"columns": data.columns or None, "seed": data.data_seed, "strict": data.strict, "use_hf": config.model.use_hf}
+    common = {**reading(config), "seed": data.data_seed}
     rows = load_dataset(data.dataset, shuffle=data.dataset_shuffle, **common)
     if data.val_dataset:
         return rows, load_dataset(data.val_dataset, shuffle=False, **common)
@@ -142,6 +151,7 @@ def _encode(
             "truncation": config.data.truncation_strategy,
             "num_proc": config.data.dataset_num_proc,
             "strict": config.data.strict,
+            "max_bad_share": config.data.max_bad_rows_ratio,
             "progress": progress,
         }
         train = encode_dataset(train_rows, template, report_dir=output_dir if is_main_process() else None, **settings)

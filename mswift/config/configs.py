@@ -270,7 +270,10 @@ class InferConfig(Config):
         yield ("dataset", "split_dataset_ratio"), "infer answers the rows of --val_dataset"
         yield ("loss_scale",), "nothing is trained"
         if not self.data.val_dataset:
-            yield ("result_path", "max_batch_size", "columns", "strict", "dataset_num_proc"), "there is no --val_dataset"
+            yield (
+                ("result_path", "max_batch_size", "columns", "disable_auto_column_mapping", "strict", "max_bad_rows_ratio", "dataset_num_proc"),
+                "there is no --val_dataset",
+            )
         if self.generation.temperature == 0:
             yield ("top_p", "top_k", "seed"), "--temperature is 0"
 

@@ -41,7 +41,9 @@ class ModelSection:
 class DataSection:
     """Which rows, and how they are cut to length."""
 
-    dataset: list[str] = option([], "Training data: files, folders or hub ids; NAME#500 takes 500 rows, NAME:subset one subset", metavar="DATA ...")
+    dataset: list[str] = option(
+        [], "Training data: files, folders or hub ids; NAME:subset takes one subset, NAME#500 500 rows, NAME@0.7 a share", metavar="DATA ..."
+    )
     val_dataset: list[str] = option([], "Rows to evaluate on (sft) or to answer (infer); same form as --dataset", metavar="DATA ...")
     split_dataset_ratio: float = option(0.0, "Share of the training rows that is held out for evaluation", low=0, below=1)
     data_seed: int = option(42, "Seed of the order of rows and of the split", low=0)
@@ -51,6 +53,10 @@ class DataSection:
     dataset_num_proc: int = option(1, "Processes that turn rows into tokens", limits=_POSITIVE)
     strict: bool = option(False, "Stop at the first bad row instead of leaving it out and reporting it")
     columns: dict[str, str] = option({}, "Names of columns in the data -> names that mswift knows")
+    disable_auto_column_mapping: bool = option(False, "Take only the names that mswift knows, and not prompt, answer, ... for them")
+    max_bad_rows_ratio: float = option(0.01, "Share of rows that may be left out because something is wrong with them", limits=_SHARE)
+    custom_dataset_info: list[str] = option([], "JSON files that describe data sets by name", metavar="FILE ...")
+    external_plugins: list[str] = option([], "Python files to run first, which may register data sets", metavar="FILE ...")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from mswift.data.dataset import load_dataset, split
 from mswift.data.encoded import EncodedDataset, TokenRows
 from mswift.data.encoding import encode_dataset
+from mswift.data.registry import register_dataset
 from mswift.data.report import LengthReport
 from mswift.data.rows import Row, normalise
 from mswift.data.sources import RawRow, SourceSpec, check_sources, parse_spec, read_source
@@ -25,5 +26,6 @@ __all__ = [
     "normalise",
     "parse_spec",
     "read_source",
+    "register_dataset",
     "split",
 ]

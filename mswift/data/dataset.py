@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mswift.data.rows import BadRows, Row, Want, normalise
-from mswift.data.sources import SourceSpec, parse_spec, read_source
+from mswift.data.loading import ReadSettings, load_sources
+from mswift.data.rows import Row, Want
 from mswift.errors import DataError
 from mswift.log import get_logger
 
@@ -23,6 +23,7 @@ def load_dataset(
     strict: bool = False,
     max_bad_share: float = 0.01,
     want: Want = "answer",
+    auto: bool = True,
     use_hf: bool | None = None,
 ) -> list[Row]:
     """Reads, normalises and samples all sources, one after the other.
@@ -33,22 +34,16 @@ def load_dataset(
     Args:
         columns: column names of the sources to the names of `normalise`.
         strict: the first bad row is an error; else at most ``max_bad_share`` of all rows may be bad, and they are listed in a warning.
-        want: what the rows are for; see `normalise`.
+        want: what the rows are for. auto: whether other usual names of columns are understood; see `normalise`.
         use_hf: where a plain ``org/name`` lives; see `parse_spec`.
 
     Raises:
         DataError: no source, a source without rows, one that cannot be read, too many bad rows.
     """
-    if not specs:
-        raise DataError("no data: wanted at least one --dataset, such as --dataset data/train.jsonl")
-    bad = BadRows(strict=strict, max_share=max_bad_share)
+    settings = ReadSettings(columns or {}, want, auto, strict, max_bad_share, use_hf)
     rows: list[Row] = []
-    total = 0
-    for number, spec in enumerate(parse_spec(text, use_hf=use_hf) for text in specs):
-        found, num_read = _read_rows(spec, bad, columns, want)
-        total += num_read
-        rows += _sample(found, spec.count, np.random.default_rng([seed, number]) if shuffle else None)
-    bad.finish(total)
+    for number, source in enumerate(load_sources(specs, settings)):
+        rows += sample(source.rows, source.spec.count, np.random.default_rng([seed, number]) if shuffle else None)
     return rows
 
 
@@ -72,24 +67,8 @@ def split(rows: Sequence[Row], ratio: float, seed: int = 42) -> tuple[list[Row],
     return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
 
 
-def _read_rows(spec: SourceSpec, bad: BadRows, columns: Mapping[str, str] | None, want: Want) -> tuple[list[Row], int]:
-    rows: list[Row] = []
-    total = 0
-    for raw in read_source(spec):
-        total += 1
-        try:
-            rows.append(normalise(raw, columns, want=want))
-        except DataError as error:
-            bad.add(error)
-    if not total:
-        raise DataError(f"{spec}: holds no rows; check --dataset")
-    if not rows:
-        bad.finish(total)
-        raise DataError(f"{spec}: none of its {total} rows can be used")
-    return rows, total
-
-
-def _sample(rows: list[Row], count: int | None, rng: np.random.Generator | None) -> list[Row]:
+def sample(rows: list[Row], count: int | None, rng: np.random.Generator | None) -> list[Row]:
+    """`count` of the rows: whole passes and a random choice for the rest, or the first ones without `rng`; None for all as they are."""
     if count is None:
         return rows
     passes, rest = divmod(count, len(rows))

@@ -10,10 +10,10 @@ from typing import Any
 from mswift.data.columns import rename
 from mswift.data.content import MEDIA, read_media
 from mswift.data.faults import fail
+from mswift.data.files import RawRow
 from mswift.data.messages import DEFAULT_NAMES, ROLES, Message, MessageNames, Tool, check_calls, read_tools
 from mswift.data.preferences import read_pair
 from mswift.data.shapes import Shape, Want, read_verdict
-from mswift.data.sources import RawRow
 from mswift.errors import DataError
 from mswift.log import get_logger
 
@@ -56,6 +56,7 @@ class Recognised:
     kept: dict[str, None] = field(default_factory=dict)
     media: Counter[str] = field(default_factory=Counter)
     tools: int = 0
+    num_read: int = 0
 
     def add(self, row: Row, shape: Shape, given: set[str]) -> None:
         self.shapes[shape.name] += 1
@@ -65,7 +66,7 @@ class Recognised:
         self.media.update(row.media)
         self.tools += row.tools is not None
 
-    def line(self, source: str) -> str:
+    def line(self, source: str, *, bad: int = 0) -> str:
         """Such as ``a.jsonl: 400 rows of query/response; problem read as query; with tools in 12; kept: level``."""
         parts = [", ".join(f"{count} rows of {name}" for name, count in self.shapes.most_common())]
         if self.mapped:
@@ -76,6 +77,8 @@ class Recognised:
             parts.append(f"{', '.join(self.media)} kept, not shown to the model")
         if self.kept:
             parts.append(f"kept: {', '.join(list(self.kept)[:8])}{', ...' if len(self.kept) > 8 else ''}")
+        if bad:
+            parts.append(f"{bad} left out")
         return f"{source}: {'; '.join(parts)}"
 
 

@@ -222,10 +222,59 @@ def missing_validation_data(lab: Lab) -> Words:
     return lab.sft("--val_dataset", "absent.jsonl")
 
 
-@case("a.csv: cannot read .csv files", "wanted .jsonl", "convert it")
+@case("a.xlsx: cannot read .xlsx files", "wanted one of .jsonl", "convert it")
 def data_of_another_kind(lab: Lab) -> Words:
-    (lab.folder / "a.csv").write_text("a,b\n")
+    (lab.folder / "a.xlsx").write_text("a,b\n")
+    return lab.sft(dataset="a.xlsx")
+
+
+@case("a.csv: holds no rows; check --dataset")
+def a_table_of_names_only(lab: Lab) -> Words:
+    (lab.folder / "a.csv").write_text("query,response\n")
     return lab.sft(dataset="a.csv")
+
+
+@case("rows.jsonl:25: messages[0].role is 'owl', wanted one of system, developer, user, assistant, tool")
+def unknown_role(lab: Lab) -> Words:
+    lab.rows('{"messages": [{"role": "owl", "content": "x"}]}')
+    return lab.sft("--strict", "true")
+
+
+@case("rows.jsonl:25: messages[1].tool_calls[0] calls 'f', but the row has no tools", "give its schema in the column tools")
+def tool_call_without_schema(lab: Lab) -> Words:
+    lab.rows('{"messages": [{"role": "user", "content": "x"}, {"role": "tool_call", "content": "{\\"name\\": \\"f\\"}"}]}')
+    return lab.sft("--strict", "true")
+
+
+@case("rows.jsonl:1: not UTF-8: byte 0xff at column 1 (byte 0 of the file)", "iconv -f UTF-16 -t UTF-8")
+def another_encoding(lab: Lab) -> Words:
+    (lab.folder / "rows.jsonl").write_bytes('{"query": "q"}'.encode("utf-16"))
+    return lab.sft("--strict", "true")
+
+
+@case("--columns: no source has the column 'text1'; check its name")
+def column_that_no_source_has(lab: Lab) -> Words:
+    return lab.sft("--columns", '{"text1": "query"}')
+
+
+@case("1 of 1 rows cannot be used", "b.jsonl:1: response is missing, got the columns query", "--max_bad_rows_ratio")
+def column_that_one_source_lacks(lab: Lab) -> Words:
+    (lab.folder / "b.jsonl").write_text('{"query": "q"}\n')
+    words = lab.sft()
+    words.insert(words.index("rows.jsonl") + 1, "b.jsonl")
+    return words
+
+
+@case("--external_plugins p.py: ZeroDivisionError: division by zero; mend the file")
+def plugin_that_fails(lab: Lab) -> Words:
+    (lab.folder / "p.py").write_text("1 / 0")
+    return lab.sft("--external_plugins", "p.py")
+
+
+@case("--custom_dataset_info i.json: entry 1 has the keys tags, wanted dataset_path, hf_dataset_id or ms_dataset_id")
+def description_without_a_place(lab: Lab) -> Words:
+    (lab.folder / "i.json").write_text('[{"tags": []}]')
+    return lab.sft("--custom_dataset_info", "i.json")
 
 
 @case("rows.jsonl: holds no rows", "check --dataset")

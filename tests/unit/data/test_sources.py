@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mswift.data.sources import RawRow, SourceSpec, parse_spec, read_file, read_source
+from mswift.data.sources import RawRow, SourceSpec, check_sources, parse_spec, read_file, read_source
 from mswift.errors import DataError, MissingExtraError
 
 Write = Callable[..., str]
@@ -33,6 +36,12 @@ def read(text: str, **kwargs: Any) -> list[RawRow]:
         ("/data/dir", SourceSpec("/data/dir", "local")),
         ("hf::org/name", SourceSpec("org/name", "hf")),
         ("ms::org/name#20", SourceSpec("org/name", "ms", 20)),
+        ("hf::org/name:main#20@2", SourceSpec("org/name", "hf", 20, ("main",), 2.0)),
+        ("ms::org/name:a-1/b@1e-3", SourceSpec("org/name", "ms", None, ("a-1", "b"), 0.001)),
+        ("hf::org/name:all", SourceSpec("org/name", "hf", None, ("all",))),
+        ("data/a.jsonl@0.7", SourceSpec("data/a.jsonl", "local", None, (), 0.7)),
+        ("data/a@b.jsonl", SourceSpec("data/a@b.jsonl", "local")),
+        ("C:/data/a:b.jsonl", SourceSpec("C:/data/a:b.jsonl", "local")),
     ],
 )
 def test_specs(text: str, expected: SourceSpec) -> None:
@@ -61,6 +70,13 @@ def test_a_count_is_a_whole_number(number: str) -> None:
     assert str(wrong.value) == (
         f"--dataset 'a.jsonl#{number}': got {number!r} after #, wanted a whole number of rows of at least 1, such as a.jsonl#500"
     )
+
+
+@pytest.mark.parametrize("number", ["", "0", "-1", "1e999"])
+def test_a_weight_is_a_number_above_0(number: str) -> None:
+    with pytest.raises(DataError) as wrong:
+        parse_spec(f"a.jsonl#5@{number}")
+    assert str(wrong.value) == f"--dataset 'a.jsonl#5@{number}': got {number!r} after @, wanted a weight above 0, such as a.jsonl#5@0.7"
 
 
 @pytest.mark.parametrize("text", ["", "  ", "#5", "hf::", "ms::#3"])
@@ -102,6 +118,73 @@ def test_a_json_file_may_hold_a_row_a_line(write_rows: Write) -> None:
     assert [row.line for row in read(path)] == [1, 2]
 
 
+ROWS = [{"query": "a,\nb", "response": "é"}, {"query": "c", "response": "d"}]
+
+
+def write_csv(path: Path) -> None:
+    path.write_text('\ufeffquery,response,empty\n"a,\nb",é,\n\nc,d,\n', encoding="utf-8")
+
+
+def write_tsv(path: Path) -> None:
+    path.write_text('query\tresponse\n"a,\nb"\té\n\nc\td\n', encoding="utf-8")
+
+
+def write_parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=1)
+
+
+def write_arrow(path: Path, writer: Callable[..., Any] = pyarrow.ipc.new_file) -> None:
+    table = pyarrow.Table.from_pylist(ROWS)
+    with writer(str(path), table.schema) as file:
+        file.write_table(table)
+
+
+def write_stream(path: Path) -> None:
+    write_arrow(path, pyarrow.ipc.new_stream)
+
+
+def write_compressed(path: Path) -> None:
+    with pyarrow.output_stream(str(path), compression={".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}[path.suffix]) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "lines"),
+    [
+        ("a.csv", write_csv, [2, 5]),
+        ("a.tsv", write_tsv, [2, 5]),
+        ("a.parquet", write_parquet, [1, 2]),
+        ("a.arrow", write_arrow, [1, 2]),
+        ("b.arrow", write_stream, [1, 2]),
+        ("a.jsonl.gz", write_compressed, [1, 2]),
+        ("a.jsonl.zst", write_compressed, [1, 2]),
+        ("a.json.bz2", write_compressed, [1, 2]),
+    ],
+)
+def test_every_kind_of_file(name: str, write: Callable[[Path], None], lines: list[int], tmp_path: Path) -> None:
+    path = tmp_path / name
+    write(path)
+    rows = read(str(path))
+    assert [row.data for row in rows] == ROWS
+    assert [row.line for row in rows] == lines
+    assert rows == read(str(tmp_path)), "a folder finds it"
+    check_sources([str(path)])
+
+
+def test_plain_text_is_a_row_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\n two \r\n", encoding="utf-8")
+    assert [(row.data, row.line) for row in read(str(tmp_path / "a.txt"))] == [({"text": "one"}, 1), ({"text": " two "}, 3)]
+
+
+def test_bad_lines_can_be_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a"\n[]\n\xff\n{"a": 5}\n')
+    bad: list[DataError] = []
+    assert [row.line for row in read_source(parse_spec(str(path)), on_bad=bad.append)] == [1, 5]
+    assert [str(error).split(": ")[0] for error in bad] == [f"{path}:{line}" for line in (2, 3, 4)]
+    assert "(byte 17 of the file)" in str(bad[2])
+
+
 def test_directories_and_globs_in_the_order_of_names(write_rows: Write, tmp_path: Path) -> None:
     for name in ("d/b.jsonl", "d/a.jsonl", "d/sub/c.jsonl", "d/ignored.json", "d/.checkpoints/a.jsonl"):
         write_rows(name, [{"name": name}])
@@ -115,12 +198,31 @@ def test_directories_and_globs_in_the_order_of_names(write_rows: Write, tmp_path
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "{path}:2: not JSON: Expecting value at column 6; "),
         ("a.jsonl", b'{"a": 1}\n[1]\n', '{path}:2: a row is a JSON object, got list; wanted something like {{"messages": [...]}}'),
-        ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "{path}:2: not UTF-8: byte 0xe9 at column 11; convert the file with iconv -t UTF-8"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": "caf\xe9"}\n',
+            "{path}:2: not UTF-8: byte 0xe9 at column 11 (byte 19 of the file); convert the file with iconv -t UTF-8",
+        ),
         ("a.json", b'[{"a": 1},\n {"a": 2}', "{path}:2: not JSON: wanted ',' or ']' after a row, got 'the end of the file'; "),
         ("a.json", b'[{"a": 1},\n]', "{path}:2: not JSON: Expecting value at column 1; "),
         ("a.json", b"[{},\n{}] x", "{path}:2: not JSON: wanted the end of the file after the list, got 'x'; "),
         ("a.json", b"[{},\n\n 5]", "{path}:3: a row is a JSON object, got int; "),
-        ("a.csv", b"a,b\n", "{path}: cannot read .csv files, wanted .jsonl (one JSON object a line) or .json (a list of objects); convert it"),
+        (
+            "a.xlsx",
+            b"a,b\n",
+            "{path}: cannot read .xlsx files, wanted one of .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, .arrow (also as .gz",
+        ),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "{path}:3: has 3 cells, the first line has 2 names; put quotes around cells with commas"),
+        ("a.csv", b'a,b\n1,"2\n', "{path}:2: not csv: unexpected end of data; put quotes around commas and line breaks"),
+        ("a.csv", b"a,b\n1,\xe9\n", "{path}:2: not UTF-8: byte 0xe9 at column 3 (byte 6 of the file); "),
+        (
+            "a.txt",
+            "h\u00e9".encode("utf-16"),
+            "{path}:1: not UTF-8: byte 0xff at column 1 (byte 0 of the file); convert the file with iconv -f UTF-16 -t ",
+        ),
+        ("a.parquet", b"PAR1", "{path}: not parquet, or damaged: "),
+        ("a.arrow", b"ARROW", "{path}: not arrow, or damaged: "),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "{path}: cannot be read: "),
     ],
 )
 def test_faults_of_a_file_are_one_line_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -137,7 +239,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(DataError, match=r"x\*\.jsonl: no file matches this pattern; check --dataset and --val_dataset$"):
         read(str(tmp_path / "x*.jsonl"))
-    with pytest.raises(DataError, match=r"the directory holds no \.jsonl or \.json file; check --dataset and --val_dataset$"):
+    with pytest.raises(DataError, match=r"the directory holds no file that is read \(\.jsonl, .*\); check --dataset and --val_dataset$"):
         read(str(tmp_path))
 
 
@@ -151,18 +253,17 @@ def test_a_local_path_contacts_nothing(write_rows: Write, monkeypatch: pytest.Mo
     assert [row.data for row in read(write_rows("a.jsonl", [{"a": 1}]), use_hf=True)] == [{"a": 1}]
 
 
-@pytest.mark.parametrize(("spec", "library", "extra"), [("hf::org/name", "datasets", "data"), ("ms::org/name", "modelscope", "modelscope")])
-def test_a_hub_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, spec: str, library: str, extra: str) -> None:
-    monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setitem(sys.modules, f"{library}.hub.snapshot_download", None)
+def test_a_hub_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
     with pytest.raises(MissingExtraError) as missing:
-        read(spec)
-    assert str(missing.value) == f"{library} is not installed: it is needed here; install it with pip install 'mswift[{extra}]'"
-    assert (missing.value.library, missing.value.extra) == (library, extra)
+        read("ms::org/name")
+    assert str(missing.value) == "modelscope is not installed: it is needed here; install it with pip install 'mswift[modelscope]'"
+    assert (missing.value.library, missing.value.extra) == ("modelscope", "modelscope")
 
 
 def offline_datasets(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
@@ -173,6 +274,16 @@ def test_hub_rows_come_through_the_datasets_library(write_rows: Write, tmp_path:
     rows = read(f"hf::{tmp_path / 'hub'}")
     assert [row.data for row in rows] == [{"query": "a", "response": "b"}, {"query": "c", "response": "d"}]
     assert rows[1].where == f"hf::{tmp_path / 'hub'}:2"
+    for name in ("x", "y"):
+        write_rows(f"two/{name}/train.jsonl", [{"name": name}])
+    (tmp_path / "two" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: x\n  data_files: x/*.jsonl\n- config_name: y\n  data_files: y/*.jsonl\n---\n"
+    )
+    two = f"hf::{tmp_path / 'two'}"
+    assert [row.data["name"] for row in read(f"{two}:y/x")] == ["y", "x"]
+    assert [row.where for row in read(f"{two}:all")] == [f"{two}:all:1", f"{two}:all:2"]
+    with pytest.raises(DataError, match=r"two: has 2 subsets \(x, y\), wanted one or more: .*two:x, or .*two:all$"):
+        read(two)
     with pytest.raises(
         DataError, match=r"^hf::org/not-there: cannot be loaded from the hub: .*; there is no local file or directory of this name either$"
     ):
