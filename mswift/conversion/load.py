@@ -46,7 +46,7 @@ class _Task:
     parameter: LocalParameter
     slices: list[SourceSlice]
     stack: Stack | None
-    casts: set[str]
+    dtypes: set[torch.dtype]
 
     def nbytes(self, reader: TensorReader) -> int:
         width = self.parameter.tensor[0].numel() if self.parameter.tensor.numel() else 0
@@ -65,6 +65,10 @@ class LoadPlan:
         self._waiting = {task.parameter.tensor.untyped_storage().data_ptr(): task for task in tasks if task.parameter.tensor.numel()}
         self.total, self.done = sum(task.nbytes(reader) for task in tasks), 0
 
+    def stored_in(self, dtype: torch.dtype) -> set[str]:
+        """Parameters of this rank that the checkpoint has in `dtype` and the model in another."""
+        return {task.parameter.name for task in self._tasks if task.dtypes == {dtype} and task.parameter.tensor.dtype != dtype}
+
     def fill(self, tensor: torch.Tensor) -> None:
         """Read the parameter that ``tensor`` is, or is a view of, if it has not been read before."""
         task = self._waiting.pop(tensor.untyped_storage().data_ptr(), None)
@@ -79,7 +83,9 @@ class LoadPlan:
             self.fill(task.parameter.tensor)
             if progress is not None:
                 progress(self.done, self.total)
-        casts = [cast for task in self._tasks for cast in task.casts]
+        casts = [
+            f"{_short(dtype)} -> {_short(own)}" for task in self._tasks for own in (task.parameter.tensor.dtype,) for dtype in task.dtypes - {own}
+        ]
         counts = {cast: casts.count(cast) for cast in sorted(set(casts))}
         return LoadReport(len(self._tasks), self.done, time.perf_counter() - begun, counts)
 
@@ -174,8 +180,7 @@ def _plan(parameters: Iterable[LocalParameter], rules: dict[str, Rule], reader: 
             continue
         wrong = [_mismatch(name, shape, parameter.tensor.dtype, reader) for name, shape in shapes.items()]
         problems += [text for text in wrong if text]
-        dtypes = {reader.dtype(name) for name in shapes} - {parameter.tensor.dtype}
-        tasks.append(_Task(parameter, slices, rule.stack, {f"{_short(dtype)} -> {_short(parameter.tensor.dtype)}" for dtype in dtypes}))
+        tasks.append(_Task(parameter, slices, rule.stack, {reader.dtype(name) for name in shapes}))
     shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
     fail_on(shown, f"load {reader.directory}")
     return tasks

@@ -92,7 +92,9 @@ def write_checkpoint(
     except CheckpointError as error:
         raise CheckpointError(f"{error}; mend that and go on with --resume true") from error
     dtype = str(model.dtype).removeprefix("torch.")
-    note = {"family": model.family.name, "dtype": dtype, "layout": model.groups.layout.describe()}
+    note: dict[str, Any] = {"family": model.family.name, "dtype": dtype, "layout": model.groups.layout.describe()}
+    wider = sorted(gather_names(model.held_wider))
+    note |= {"held_wider": wider} if wider else {}
     texts = {NOTE_FILE: note, CONFIG_FILE: plain_config(read_json(model.settings.directory / CONFIG_FILE), dtype)}
     agree(attempt(lambda: _finish(draft, directory, texts, model.tokenizer_files())), f"writing {directory}")
     figures = torch.tensor([writer.bytes, writer.num_files, writer.reused])
@@ -116,6 +118,12 @@ def _finish(draft: Path, directory: Path, texts: Mapping[str, Any], copies: Iter
 def _identity(model: MegatronModel) -> dict[str, Any]:
     """What a half-written checkpoint must have in common with the attempt that goes on with it."""
     return {"source": stamp_of(model.settings.directory), "dtype": str(model.dtype), "layout": model.groups.layout.describe()}
+
+
+def wider_names(directory: Path) -> set[str]:
+    """The weights of a Megatron checkpoint that it has in fp32, and that its source had in the dtype of the rest."""
+    note = directory / NOTE_FILE
+    return set(read_json(note).get("held_wider", ())) if note.is_file() else set()
 
 
 def read_checkpoint(model: MegatronModel, parameters: list[LocalParameter]) -> None:

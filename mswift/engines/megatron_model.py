@@ -27,7 +27,7 @@ from mswift.conversion.rules import AnyRule, Parts
 from mswift.conversion.safetensors_io import bytes_of
 from mswift.conversion.shards import Axis, Shard, take
 from mswift.conversion.staging import stamp_of
-from mswift.engines.megatron_checkpoint import read_checkpoint
+from mswift.engines.megatron_checkpoint import read_checkpoint, wider_names
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
@@ -79,7 +79,7 @@ class MegatronModel:
 
     Attributes:
         chunks: the model chunks of this rank. family, hf_config, description: what the checkpoint is.
-        lora: settings of the adapters in the chunks, or None.
+        lora: settings of the adapters in the chunks, or None. held_wider: weights that are in fp32 here (routers) and in `dtype` in the checkpoint.
     """
 
     def __init__(self, settings: BuildSettings, groups: Groups, runtime: Runtime, *, progress: Progress | None = None) -> None:
@@ -97,12 +97,15 @@ class MegatronModel:
         self.rules: tuple[AnyRule, ...] = self.family.rules(self.hf_config, self.description.padding(groups.layout.tp))
         self.chunks: list[CausalLM] = build_model(self.description, self.config, groups)
         self.lora: LoraSettings | None = None
+        self.held_wider: set[str] = set()
         self._plan: LoadPlan | None = None
         local = self._local_parameters()
         if is_megatron(settings.directory):
             read_checkpoint(self, local)
+            self.held_wider = wider_names(settings.directory)
         else:
             self._plan = plan_load(local, self.rules, open_checkpoint(settings.directory), model_parameters=all_names(local))
+            self.held_wider = self._plan.stored_in(self.dtype)
             if not settings.deferred:
                 self._plan.fill_all(progress)
 
@@ -293,6 +296,9 @@ class MegatronModel:
         config = json.loads((self.settings.directory / CONFIG_FILE).read_text(encoding="utf8"))
         return {**config, "num_nextn_predict_layers": 0} if self.description.further_layers and self.left_out else config
 
+    def _stored_dtype(self, name: str, parameter: torch.Tensor) -> torch.dtype:
+        return self.dtype if name in self.held_wider else parameter.dtype
+
     def export_merged(
         self,
         directory: Path,
@@ -315,7 +321,7 @@ class MegatronModel:
             return merged[name].merged_weight() if name in merged else parameter.detach()
 
         parameters = [
-            ExportParameter(name, tuple(parameter.shape), parameter.dtype, shard, functools.partial(value, name, parameter))
+            ExportParameter(name, tuple(parameter.shape), self._stored_dtype(name, parameter), shard, functools.partial(value, name, parameter))
             for chunk in self.chunks
             for name, parameter, shard in base_parameters(chunk, self.groups)
         ]

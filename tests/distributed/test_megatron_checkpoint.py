@@ -16,7 +16,7 @@ from mswift.errors import CheckpointError, ConversionError
 from tests.distributed.harness import RankError, run_distributed
 from tests.distributed.runs import Run, open_model
 from tests.parity.cases import options_of
-from tests.tiny import make_checkpoint, make_peft_adapter
+from tests.tiny import make_checkpoint, make_model, make_peft_adapter
 
 CASES = ("llama/plain", "llama/tied", "qwen3_next/plain", "olmo2/one-group", "phi3/plain", "starcoder2/plain", "qwen3_moe/plain", "glm4_moe/plain")
 SP2 = {"tp": 2, "sequence_parallel": True}
@@ -77,6 +77,18 @@ def test_experts_are_read_on_other_ranks(models: dict[str, Path], tmp_path: Path
     run_distributed(to_megatron, 1, [Trip(Run(source), tmp_path / "m1")], timeout=120)
     run_distributed(to_hf, 2, [Trip(Run(tmp_path / "m1", ep=2), tmp_path / "b1")], timeout=120)
     assert_same(source, tmp_path / "b1")
+
+
+@pytest.mark.parametrize("layout", [{"ep": 2}, {"pp": 2}], ids=["ep2", "pp2"])
+def test_a_router_held_in_fp32_comes_back_in_the_dtype_of_its_source(layout: dict[str, Any], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    make_model("ernie4_5_moe", dtype=torch.bfloat16, **options_of("ernie4_5_moe/plain")[1]).save_pretrained(source)
+    run_distributed(to_megatron, 2, [Trip(Run(source, dtype="bfloat16", **layout), tmp_path / "m")], timeout=120)
+    run_distributed(to_hf, 1, [Trip(Run(tmp_path / "m", dtype="bfloat16"), tmp_path / "b")], timeout=120)
+    with CheckpointReader(source) as first, CheckpointReader(tmp_path / "b") as second:
+        assert {name: first.dtype(name) for name in first.names} == {name: second.dtype(name) for name in second.names}
+        assert any(name.endswith("gate.weight") for name in first.names)
+    assert_same(source, tmp_path / "b")
 
 
 def megatrons_own(rank: int, world: int, source: Path, checkpoint: Path) -> list[str]:

@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.parity.cases import CASES
+from tests.parity.cases import CASES, MIXTURES
 from tests.parity.checks import check_against_transformers
 
 TP2, PP2, EP2 = (2, {"tp": 2}), (2, {"pp": 2}), (2, {"ep": 2})
 SP2 = (2, {"tp": 2, "sequence_parallel": True})
-MIXTURES = (  # over TP with split sequences only
-    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1", "minimax_m2", "deepseek_v2", "deepseek_v3", "qwen3_next"),
-    *("qwen3_5_moe_text", "gpt_oss", "ernie4_5_moe", "granitemoe", "phimoe", "hunyuan_v1_moe", "llama4_text"),
-)
-PLAIN = [(f"{family}/plain", layout) for family in CASES for layout in (SP2 if family in MIXTURES else TP2, PP2)]  # TP2 pads 3 groups of heads to 4
+# Mixtures train over TP with split sequences only; TP2 pads 3 groups of heads to 4
+PLAIN = [(f"{family}/plain", layout) for family in CASES for layout in (SP2 if family in MIXTURES else TP2, PP2)]
 SPECIAL = [
     ("llama/biases", TP2),
     ("llama/tied", TP2),
@@ -63,4 +60,22 @@ SPECIAL = [
 
 @pytest.mark.parametrize(("case", "layout"), [*PLAIN, *SPECIAL], ids=lambda part: part if isinstance(part, str) else "-".join(map(str, part[1])))
 def test_logits_loss_and_gradients_equal_those_of_transformers(case: str, layout: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
+    check_against_transformers(case, *layout, tmp_path)
+
+
+PIPELINED = {"vpp": (2, {"pp": 2, "vpp": 2}), "tp-pp": (4, {"tp": 2, "pp": 2}), "tp-pp-sp": (4, {"tp": 2, "pp": 2, "sequence_parallel": True})}
+SPREAD = (2, {"ep": 2, "tp": 2, "sequence_parallel": True})
+DEEP = [
+    *((f"{family}/plain", PIPELINED[name]) for family in CASES for name in ("vpp", "tp-pp-sp" if family in MIXTURES else "tp-pp")),
+    *((f"{family}/plain", SPREAD) for family in MIXTURES),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [pair for pair in DEEP if pair not in SPECIAL],
+    ids=lambda part: part if isinstance(part, str) else "-".join(map(str, part[1])),
+)
+def test_every_family_in_deeper_layouts(case: str, layout: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
     check_against_transformers(case, *layout, tmp_path)

@@ -259,3 +259,10 @@ def options_of(case: str) -> tuple[str, dict[str, Any]]:
     """(family, changes to its tiny config) of ``family/variant``."""
     family, variant = case.split("/")
     return family, CASES[family][variant]
+
+
+MIXTURES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1", "minimax_m2", "deepseek_v2", "deepseek_v3", "qwen3_next"),
+    *("qwen3_5_moe_text", "gpt_oss", "ernie4_5_moe", "granitemoe", "phimoe", "hunyuan_v1_moe", "llama4_text"),
+)
+"""Families with routed experts."""

@@ -11,7 +11,8 @@ import torch
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run
-from tests.parity.cases import options_of
+from tests.parity.cases import CASES as ALL_CASES
+from tests.parity.cases import MIXTURES, options_of
 from tests.parity.ranks import RoundTrip, round_trip
 from tests.parity.reference import load_tensors
 from tests.tiny import make_checkpoint, make_model
@@ -107,6 +108,35 @@ def test_every_bit_comes_back(layout: str, sources: list[Source], ids: torch.Ten
             assert torch.equal(bits(after[name]), bits(tensor)), f"{source.case} {name}"
         assert len(list(trip.target.glob("*.safetensors"))) > 4
         assert torch.equal(logits_of(trip.target, ids), source.logits), source.case
+
+
+EVERYWHERE = {
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "vpp2": (2, {"pp": 2, "vpp": 2}),
+    "tp2-pp2": (4, {"tp": 2, "pp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "tp2-ep2": (4, {"tp": 2, "ep": 2, "etp": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", EVERYWHERE)
+def test_every_family_comes_back(layout: str, tmp_path: Path) -> None:
+    world, sizes = EVERYWHERE[layout]
+    families = [family for family in ALL_CASES if sizes.get("ep", 1) == 1 or family in MIXTURES]
+    trips = []
+    for index, family in enumerate(families):
+        make_model(family, seed=index, dtype=torch.bfloat16, **ALL_CASES[family]["plain"]).save_pretrained(tmp_path / family)
+        trips.append(RoundTrip(Run(tmp_path / family, dtype="bfloat16", **sizes), tmp_path / f"{family}-back", "60KB"))
+    run_distributed(round_trip, world, trips, timeout=400)
+    assert len(trips) >= 17
+    for family, trip in zip(families, trips, strict=True):
+        before, after = load_tensors(tmp_path / family), load_tensors(trip.target)
+        assert set(after) == set(before), family
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            assert torch.equal(bits(after[name]), bits(tensor)), f"{family} {name}"
 
 
 @pytest.mark.parametrize("size", ["1KB", "5GB"])
