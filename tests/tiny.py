@@ -115,7 +115,9 @@ def make_peft_adapter(base: Path, directory: Path, *, seed: int = 1, std: float 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3, generator=generator))
+            elif "lora_" in name:
                 parameter.normal_(0.0, std, generator=generator)
     model.save_pretrained(directory)
     return directory

@@ -74,7 +74,7 @@ def _write_megatron(config: ExportConfig, model: MegatronModel, target: Path, be
     with progress_bar("writing the Megatron checkpoint") as progress:
         if model.lora is not None:
             write_adapter(model, target, base_model=config.model.model, exist_ok=settings.exist_ok)
-            return f"Megatron adapter of {sum(1 for _ in model.adapters())} layers here"
+            return f"Megatron adapter written, {model.adapter_coverage}"
         report = write_checkpoint(
             model, target, resume=settings.resume, exist_ok=settings.exist_ok, max_shard_size=settings.max_shard_size, progress=progress
         )
@@ -87,8 +87,8 @@ def _write_adapter(config: ExportConfig, model: MegatronModel, target: Path) -> 
     settings = config.export
     if settings.mcore_adapter is not None:
         read_adapter(model, Path(settings.mcore_adapter).expanduser())
-    model.export_adapter(target, base_model=config.model.model, exist_ok=settings.exist_ok)
-    return "adapter written"
+    model.export_adapter(target, base_model=config.model.model, form=settings.expert_lora_format, exist_ok=settings.exist_ok)
+    return f"PEFT adapter written, {model.adapter_coverage}"
 
 
 def _write_model(config: ExportConfig, model: MegatronModel, target: Path, begun: float) -> str:

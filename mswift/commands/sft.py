@@ -77,9 +77,10 @@ def sft(config: SftConfig) -> None:
         identity = _identity(config, engine, directory, train_data, batches.global_batch_size)
         start = _resume(engine, resume_from, identity)
         counts = engine.parameter_counts()  # all ranks count; one speaks
+        adapted = engine.model.adapter_coverage if engine.model.lora is not None else ""
         _prepare_output(config, output_dir, keep_report=train_data.report.num_dropped > 0)
         if is_main_process():
-            _announce(config, engine, counts, train_data, eval_data, output_dir)
+            _announce(config, engine, counts, adapted, train_data, eval_data, output_dir)
         _train(config, engine, batches, eval_batches, identity, output_dir, start, started)
         if config.save.merge_lora and config.tuner.tuner_type == "lora":
             engine.model.export_merged(output_dir / "merged", max_shard_size=config.save.max_shard_size, exist_ok=True)
@@ -160,7 +161,8 @@ def _encode(
 
 def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> MegatronEngine:
     from mswift.engines.megatron import MegatronEngine, OptimizerSettings
-    from mswift.tuners.lora import LoraSettings, resolve_targets
+    from mswift.tuners.lora import LoraSettings
+    from mswift.tuners.targets import resolve_targets
 
     tuner, train, optim = config.tuner, config.train, config.optim
     recompute: dict[str, Any] = {} if train.recompute_granularity == "none" else {"recompute_granularity": train.recompute_granularity}
@@ -177,7 +179,8 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
                 alpha=tuner.lora_alpha,
                 dropout=tuner.lora_dropout,
                 use_rslora=tuner.use_rslora,
-                targets=resolve_targets(tuner.target_modules, model.linear_names),
+                use_dora=tuner.use_dora,
+                targets=resolve_targets(tuner.target_modules, model.linear_names, use_dora=tuner.use_dora),
                 seed=train.seed,
             )
         )
@@ -234,13 +237,21 @@ def _resume(engine: MegatronEngine, resume_from: Path | None, identity: RunIdent
 
 
 def _announce(
-    config: SftConfig, engine: MegatronEngine, counts: tuple[int, int], train: TokenRows, evaluation: TokenRows | None, output_dir: Path
+    config: SftConfig,
+    engine: MegatronEngine,
+    counts: tuple[int, int],
+    adapted: str,
+    train: TokenRows,
+    evaluation: TokenRows | None,
+    output_dir: Path,
 ) -> None:
     """The table, once; what was made of the data and the model in a line each."""
     trained, total = counts
     model = engine.model
     print(format_table(config), flush=True)
     logger.info("model: %s, %s, %s of %s parameters trained", model.family.name, _name(model.dtype), f"{trained:,}", f"{total:,}")
+    if adapted:
+        logger.info("model: %s", adapted)
     logger.info("layout: %s on %s", engine.groups.layout.describe(), engine.device.type)
     if model.padded_heads:
         logger.info("layout: %s", model.padded_heads)

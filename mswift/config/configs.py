@@ -32,7 +32,7 @@ from mswift.config.sections import (
 from mswift.config.splits import parse_stages
 from mswift.errors import ConfigError
 
-_LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "merge_lora")
+_LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "merge_lora")
 
 
 class Config:

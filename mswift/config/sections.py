@@ -74,11 +74,14 @@ class TunerSection:
     """Which weights are trained."""
 
     tuner_type: Literal["lora", "full"] = option("lora", "Train a LoRA adapter or every weight")
-    target_modules: list[str] = option(["all-linear"], "Layers that get LoRA: all-linear, or names such as q_proj v_proj", metavar="NAME ...")
+    target_modules: list[str] = option(
+        ["all-linear"], "Layers that get LoRA: all-linear, all-router, all-embedding, or names such as q_proj v_proj lm_head", metavar="NAME ..."
+    )
     lora_rank: int = option(8, "Rank of the adapter", limits=_POSITIVE)
     lora_alpha: int = option(32, "The adapter is scaled by alpha / rank", limits=_POSITIVE)
     lora_dropout: float = option(0.05, "Dropout before the adapter", low=0, below=1)
     use_rslora: bool = option(False, "Scale by alpha / sqrt(rank)")
+    use_dora: bool = option(False, "DoRA: the rows of adapted weights have magnitudes of their own")
     adapters: list[str] = option([], "PEFT adapter to go on training", metavar="DIR ...")
 
 
@@ -270,6 +273,9 @@ class ExportSection:
     to_hf: bool = option(False, "Write a Hugging Face directory, from a Megatron checkpoint or another Hugging Face directory")
     to_peft_format: bool = option(False, "Write the Megatron adapter of --mcore_adapter as a PEFT directory")
     mcore_adapter: str | None = option(None, "Megatron adapter to write in PEFT's form", auto="none", metavar="DIR")
+    expert_lora_format: Literal["per-expert", "peft<0.19", "peft>=0.19", "vllm-3d"] | None = option(
+        None, "How a PEFT directory holds the adapters of routed experts", auto="as the installed peft loads them"
+    )
     resume: bool = option(False, "Go on with a conversion that was killed; finished files are kept")
     dry_run: bool = option(False, "Only say what each rank would hold and write, from the headers of a Hugging Face checkpoint")
     output_dir: str | None = option(None, "Folder to write", auto="<adapter or model>-merged, -mcore, -hf or -peft", metavar="DIR")

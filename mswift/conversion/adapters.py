@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from mswift.conversion.rules import AnyRule, Rule, Shape
+from mswift.conversion.rules import AnyRule, FusedGateUp, GatedSlab, Rename, Rule, Shape, Slab
 from mswift.errors import ConversionError
 
 PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 def module_of(source: str) -> str:
@@ -29,6 +29,21 @@ def module_of(source: str) -> str:
     return source.removesuffix(".weight")
 
 
+def adapter_rule(rule: Rule) -> Rule:
+    """The rule of an adapter's rows; where a tensor holds the weights of all experts, modules are made up that stand for those of one."""
+    if rule.slot is None or not isinstance(rule, Slab):
+        return rule
+    expert = f"{rule.slot.module}.{rule.slot.index}"
+    if isinstance(rule, GatedSlab):
+        return FusedGateUp(rule.target, f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight", slot=rule.slot)
+    return Rename(rule.target, f"{expert}.down_proj.weight", slot=rule.slot)
+
+
+def magnitude_name(source: str) -> str:
+    """The name of DoRA's magnitude in a PEFT file, for the adapter of one HF weight."""
+    return PREFIX + module_of(source) + _MAGNITUDE
+
+
 def peft_names(source: str) -> tuple[str, str]:
     """The names of A and B in a PEFT file, for the adapter of one HF weight."""
     return PREFIX + module_of(source) + _A, PREFIX + module_of(source) + _B
@@ -38,19 +53,19 @@ def adapted_modules(tensors: Iterable[str]) -> set[str]:
     """The HF modules that a PEFT file has an adapter for.
 
     Raises:
-        ConversionError: a name that is neither an A nor a B.
+        ConversionError: a name that is neither an A nor a B nor a magnitude.
     """
     modules = set()
     for name in tensors:
-        if not name.startswith(PREFIX) or not name.endswith((_A, _B)):
-            raise ConversionError(f"adapter tensor {name} is not understood; wanted {PREFIX}MODULE{_A} or ...{_B}")
-        modules.add(name.removeprefix(PREFIX).removesuffix(_A).removesuffix(_B))
+        if not name.startswith(PREFIX) or not name.endswith((_A, _B, _MAGNITUDE)):
+            raise ConversionError(f"adapter tensor {name} is not understood; wanted {PREFIX}MODULE{_A}, ...{_B} or ...{_MAGNITUDE}")
+        modules.add(name.removeprefix(PREFIX).removesuffix(_A).removesuffix(_B).removesuffix(_MAGNITUDE))
     return modules
 
 
 def unplaced_modules(rules: Sequence[AnyRule], tensors: Iterable[str]) -> set[str]:
     """Adapted HF modules that no rule names: their adapters would be lost."""
-    weights = {source for rule in rules if isinstance(rule, Rule) for source in rule.sources}
+    weights = {source for rule in rules if isinstance(rule, Rule) and rule.exported for source in adapter_rule(rule).sources}
     return {module for module in adapted_modules(tensors) if f"{module}.weight" not in weights}
 
 
@@ -66,18 +81,50 @@ def lora_to_peft(rule: Rule, a: torch.Tensor, b: torch.Tensor) -> dict[str, torc
     if not rule.exported:
         raise ConversionError(f"an adapter on {rule.target} cannot be exported: the head is tied to the embedding; leave it out of target_modules")
     shapes = rule.source_shapes((b.shape[0], a.shape[1]))
-    rows = {name: b.new_zeros(shape[0], b.shape[1]) for name, shape in shapes.items()}
-    at = 0
-    for piece in rule.pieces(shapes):
-        if piece.source is not None:
-            rows[piece.source][piece.start : piece.stop] = b[at : at + piece.rows]
-        at += piece.rows
+    rows = _rows_of_modules(rule, b, shapes)
     pairs = _blocks(a, list(rows.values()))
     tensors: dict[str, torch.Tensor] = {}
     for source, (a_part, b_part) in zip(rows, pairs):
         name_a, name_b = peft_names(source)
         tensors[name_a], tensors[name_b] = a_part[:, : shapes[source][1]].clone(), b_part.clone()
     return tensors
+
+
+def _rows_of_modules(rule: Rule, values: torch.Tensor, shapes: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
+    """By HF weight, its rows of a tensor whose rows are those of the whole parameter."""
+    rows = {name: values.new_zeros(shape[0], *values.shape[1:]) for name, shape in shapes.items()}
+    at = 0
+    for piece in rule.pieces(shapes):
+        if piece.source is not None:
+            rows[piece.source][piece.start : piece.stop] = values[at : at + piece.rows]
+        at += piece.rows
+    return rows
+
+
+def magnitude_to_peft(rule: Rule, magnitude: torch.Tensor, columns: int) -> dict[str, torch.Tensor]:
+    """The magnitudes [out] of DoRA as those of the HF modules, by PEFT name; `columns`: of the whole weight."""
+    shapes = rule.source_shapes((magnitude.shape[0], columns))
+    return {magnitude_name(source): rows for source, rows in _rows_of_modules(rule, magnitude, shapes).items()}
+
+
+def magnitude_from_peft(rule: Rule, tensors: Mapping[str, torch.Tensor], otherwise: torch.Tensor, columns: int) -> torch.Tensor:
+    """The inverse: [out]; rows of modules without an adapter are those of `otherwise`.
+
+    Raises:
+        ConversionError: a magnitude is missing or of another shape.
+    """
+    shapes, found, at = rule.source_shapes((otherwise.shape[0], columns)), otherwise.clone(), 0
+    for piece in rule.pieces(shapes):
+        if piece.source is not None and peft_names(piece.source)[0] in tensors:
+            rows = tensors.get(magnitude_name(piece.source))
+            if rows is None or rows.shape != shapes[piece.source][:1]:
+                got = "none" if rows is None else tuple(rows.shape)
+                raise ConversionError(
+                    f"the magnitude of {module_of(piece.source)} is {got}, wanted {shapes[piece.source][:1]}; copy the adapter again"
+                )
+            found[at : at + piece.rows] = rows[piece.start : piece.stop]
+        at += piece.rows
+    return found
 
 
 def _blocks(a: torch.Tensor, bs: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

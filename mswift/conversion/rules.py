@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from mswift.errors import ConversionError
 
@@ -58,14 +58,37 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSlot:
+    """Where transformers' model, which holds the weights of all experts of a layer in one parameter, has that of one of them.
+
+    Args:
+        module: name of the module that has the parameter. index, count: which expert, of how many.
+        parameter: its name; rows of ``gate_up_proj`` are those of gate, then those of up. transposed: matrices are ``[in, out]``.
+        declared: the module says itself whether they are (``is_transposed``), which peft heeds from 0.19 on.
+        woven: rows of gate and up in turn.
+    """
+
+    module: str
+    parameter: Literal["gate_up_proj", "down_proj"]
+    index: int
+    count: int
+    transposed: bool = False
+    declared: bool = False
+    woven: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One megatron parameter, named ``target`` (global layer numbers), as a list of pieces along dim 0; a bias is the 1-D case.
 
     ``exported``: False for a second copy of a tensor that another rule writes.
     ``required``: False where a model may lack the parameter although the family lists the rule.
+    ``slot``: of the weight of one expert. ``module``: of a weight whose module has another name in transformers' model than in a checkpoint.
     """
 
     target: str
+    slot: ExpertSlot | None = field(default=None, kw_only=True)
+    module: str | None = field(default=None, kw_only=True)
     exported: ClassVar[bool] = True
     required: ClassVar[bool] = True
 

@@ -46,8 +46,8 @@ class Shard:
 
     @classmethod
     def of(cls, parameter: torch.Tensor, rank: int, size: int, axis: Axis = "tp") -> Shard:
-        """From megatron's attributes: ``tensor_model_parallel`` and ``partition_dim``."""
-        if not getattr(parameter, "tensor_model_parallel", False):
+        """From megatron's attributes ``tensor_model_parallel`` and ``partition_dim``, unless ``whole`` says that they mean something else."""
+        if not getattr(parameter, "tensor_model_parallel", False) or "whole" in vars(parameter):
             return cls(None, rank, size, axis)
         return cls(int(parameter.partition_dim), rank, size, axis)  # type: ignore[attr-defined]
 

@@ -162,15 +162,18 @@ class MegatronEngine:
                 chunk.scale_gradients(1.0 / float(weight))
 
     def _sum_shared_adapter_factors(self) -> None:
-        """One sum over the tensor-parallel ranks for all adapters, in fp32, in place of two small ones in every layer's backward pass."""
-        if self.model.lora is None or self.groups.layout.tp == 1:
-            return
-        parts = [module.shared_factor.main_grad for chunk in self.model.chunks for _, module in lora_modules(chunk)]  # type: ignore[attr-defined]
-        if parts:
-            flat = torch.cat([part.reshape(-1) for part in parts])
-            dist.all_reduce(flat, group=self.groups.tp)
-            for part, whole in zip(parts, flat.split([part.numel() for part in parts])):
-                part.copy_(whole.view_as(part))
+        """One sum over the ranks that share a weight for all adapters, in fp32, in place of two small ones in every layer's backward pass."""
+        parts: dict[dist.ProcessGroup, list[Tensor]] = {}
+        for chunk in self.model.chunks:
+            for _, module in lora_modules(chunk):
+                if module.group.size() > 1:
+                    parts.setdefault(module.group, []).extend(factor.main_grad for factor in module.shared_factors)  # type: ignore[attr-defined]
+        for group, shared in parts.items():
+            if shared:
+                flat = torch.cat([part.reshape(-1) for part in shared])
+                dist.all_reduce(flat, group=group)
+                for part, whole in zip(shared, flat.split([part.numel() for part in shared])):
+                    part.copy_(whole.view_as(part))
 
     def _sum_over_world(self, figures: list[dict[str, Tensor]]) -> tuple[float, float]:
         """(total, weight) over the global batch: each data-parallel rank's last stage counts once."""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 NOTE_FILE = "mswift.json"
 _PART = 5 * 10**8  # bytes of a file: several, so that the disk writes one while the next is read
-_FACTORS = (".lora_a", ".lora_b")
+_FACTORS = (".lora_a", ".lora_b", ".lora_magnitude")
 _LAYOUT_FREE = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
@@ -175,7 +175,8 @@ def write_adapter(model: MegatronModel, directory: Path, *, base_model: str, exi
     assert model.lora is not None
     draft, lora = draft_of(directory), model.lora
     config = {"peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.use_rslora}
-    config |= {"target_modules": list(lora.targets), "base_model_name_or_path": base_model}
+    modules = None if lora.modules is None else sorted(lora.modules)
+    config |= {"target_modules": list(lora.targets), "use_dora": lora.use_dora, "modules": modules, "base_model_name_or_path": base_model}
 
     def begin() -> None:
         if is_main_process():
@@ -196,8 +197,10 @@ def read_adapter(model: MegatronModel, directory: Path) -> None:
     config = read_json(directory / ADAPTER_CONFIG_FILE)
     names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
     rank, alpha, dropout, use_rslora, targets = (config[name] for name in names)
-    model.add_lora(LoraSettings(rank, alpha, dropout, use_rslora, tuple(targets)))
-    factors = [(f"{name}", factor) for name, module in model.adapters() for factor in (module.lora_a, module.lora_b)]
+    modules, dora = config.get("modules"), bool(config.get("use_dora"))
+    only = None if modules is None else frozenset(modules)
+    model.add_lora(LoraSettings(rank, alpha, dropout, use_rslora, tuple(targets), use_dora=dora, modules=only))
+    factors = [(name, factor) for name, module in model.adapters() for factor in module.factors.values()]
     _fill(model, directory, {factor.untyped_storage().data_ptr() for name, factor in factors if rules_by_target(model.rules)[name].pads})
 
 

@@ -11,33 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from mswift.conversion.adapters import lora_from_peft, lora_to_peft, unplaced_modules
-from mswift.conversion.collective import ExportGroups, Spread, agree, gather_small
+from mswift.conversion.collective import ExportGroups, Spread
 from mswift.conversion.coverage import rules_by_target
 from mswift.conversion.directories import CONFIG_FILE, is_megatron, read_json
 from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, gather_names, plan_load
-from mswift.conversion.peft_io import read_peft, write_peft
 from mswift.conversion.quantised import open_checkpoint
-from mswift.conversion.rules import AnyRule, Parts
+from mswift.conversion.rules import AnyRule
 from mswift.conversion.safetensors_io import bytes_of
-from mswift.conversion.shards import Axis, Shard, take
+from mswift.conversion.shards import Axis
 from mswift.conversion.staging import stamp_of
+from mswift.engines import megatron_adapter
 from mswift.engines.megatron_checkpoint import read_checkpoint, wider_names
-from mswift.errors import ConfigError, ModelError, MswiftError
+from mswift.errors import ConfigError
 from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
 from mswift.families.fields import describe_checked
-from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, shard_of, transformer_config
+from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, transformer_config
 from mswift.families.modules import CausalLM, packed_rows
-from mswift.log import is_main_process
 from mswift.parallel.groups import Groups
 from mswift.runtime.device import Runtime
-from mswift.tuners.lora import ALL_LINEAR, ROUTED, LoraLinear, LoraSettings, add_lora, lora_modules
+from mswift.tuners.lora import Adapter, LoraSettings, lora_modules
+from mswift.tuners.targets import kind_of
+from mswift.tuners.wrap import add_lora
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -130,8 +129,8 @@ class MegatronModel:
 
     @property
     def linear_names(self) -> set[str]:
-        """Those of `ALL_LINEAR` that this model has, over all pipeline stages."""
-        return {target.split(".")[-2] for target in rules_by_target(self.rules)} & set(ALL_LINEAR)
+        """Those kinds of `ADAPTABLE` that this model has, over all pipeline stages."""
+        return set(map(kind_of, megatron_adapter.adaptable_modules(self.rules)))
 
     def _local_parameters(self) -> list[LocalParameter]:
         found = (entry for chunk in self.chunks for entry in base_parameters(chunk, self.groups))
@@ -187,86 +186,34 @@ class MegatronModel:
         if not gather_names(wrapped):  # a stage may have none: the embedding alone
             raise ConfigError(f"--target_modules {' '.join(settings.targets)}: no layer of this model has such a name; use all-linear")
         self.lora = settings
+        if settings.use_dora:
+            for _, module in self.adapters():
+                self.ensure(module.base_weight)
+                module.start_magnitudes()
         return wrapped
 
-    def adapters(self) -> Iterator[tuple[str, LoraLinear]]:
-        """(global name of the wrapped weight, module) on this rank."""
+    def adapters(self) -> Iterator[tuple[str, Adapter]]:
+        """(global name of the adapted weight, module) on this rank."""
         for chunk in self.chunks:
-            for name, module in lora_modules(chunk):
-                yield f"{global_name(chunk, name)}.weight", module
+            for _, module in lora_modules(chunk):
+                yield module.weight_name, module
+
+    @property
+    def adapter_coverage(self) -> str:
+        """One line on what has an adapter and what has none. Collective."""
+        return megatron_adapter.describe_adapters(self)
 
     def load_adapter(self, directory: Path, *, dropout: float = 0.0) -> None:
-        """Put a PEFT adapter into the model, exactly: separate A matrices of fused layers are stacked, the scale is kept.
+        """Put a PEFT adapter into the model; see `megatron_adapter.load_adapter`."""
+        megatron_adapter.load_adapter(self, directory, dropout)
 
-        Raises:
-            ModelError: the adapter was made for modules that this model does not have.
-        """
-        peft = read_peft(directory)
-        lost = sorted(unplaced_modules(self.rules, peft.tensors))
-        if lost:
-            raise ModelError(f"{directory}: {len(lost)} adapted modules ({lost[0]}, ...) are not in this {self.family.name} model; give its own base")
-        shapes = {name: self._whole_shape(name, parameter) for name, parameter in self._wrappable().items()}
-        rules = rules_by_target(self.rules)
-        fused = {name: pair for name, shape in shapes.items() if (pair := lora_from_peft(rules[name], peft.tensors, shape)) is not None}
-        routed = next((name for name in fused if ROUTED in name), None)
-        if routed is not None:
-            raise ModelError(f"{directory} adapts routed experts ({routed}), which is not supported; merge it into its base with peft instead")
-        ranks = [0] * dist.get_world_size()
-        dist.all_gather_object(ranks, max((a.shape[0] for a, _ in fused.values()), default=0))
-        targets: list[tuple[str, ...]] = [()] * dist.get_world_size()
-        dist.all_gather_object(targets, tuple(dict.fromkeys(name.split(".")[-2] for name in fused)))
-        wanted = {target for names in targets for target in names}
-        rank = max(ranks)
-        self.add_lora(LoraSettings(rank=rank, alpha=peft.scale * rank, dropout=dropout, targets=tuple(name for name in ALL_LINEAR if name in wanted)))
-        for name, module in self.adapters():
-            pair = fused.get(name)
-            if pair is None:
-                module.load(None, None)
-            else:
-                shards = (shard_of(parameter, self.groups) for parameter in (module.lora_a, module.lora_b))
-                module.load(*(take(whole, shard, parts) for whole, shard, parts in zip(pair, shards, (1, rules[name].parts))))
-
-    def _wrappable(self) -> dict[str, torch.Tensor]:
-        found = {name: parameter for chunk in self.chunks for name, parameter, _ in base_parameters(chunk, self.groups)}
-        return {name: parameter for name, parameter in found.items() if name.split(".")[-2] in ALL_LINEAR and name.endswith(".weight")}
-
-    def _whole_shape(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
-        return shard_of(parameter, self.groups).whole_shape(parameter.shape)
-
-    def export_adapter(self, directory: Path, *, base_model: str, exist_ok: bool = False) -> None:
-        """Write the adapter as a PEFT directory; every rank calls it, the main process writes (an adapter is a few MiB).
+    def export_adapter(self, directory: Path, *, base_model: str, form: str | None = None, exist_ok: bool = False) -> None:
+        """Write the adapter as a PEFT directory; see `megatron_adapter.export_adapter`.
 
         Args:
-            base_model: id or path that the adapter names as its base. exist_ok: replace an earlier export.
+            base_model: id or path that the adapter names as its base. form: of routed experts. exist_ok: replace an earlier export.
         """
-        assert self.lora is not None
-        rules = rules_by_target(self.rules)
-        groups = self._export_groups()
-        parts: dict[str, tuple[torch.Tensor, Shard, Parts]] = {}
-        for name, module in self.adapters():
-            for factor, parameter in (("A", module.lora_a), ("B", module.lora_b)):
-                parts[f"{name}/{factor}"] = (parameter.detach(), shard_of(parameter, self.groups), rules[name].parts if factor == "B" else 1)
-        whole = gather_small(parts, groups)
-        error: Exception | None = None
-        if is_main_process():
-            lora = self.lora
-            names = dict.fromkeys(key.rpartition("/")[0] for key in whole)
-            tensors = {key: value for name in names for key, value in lora_to_peft(rules[name], whole[f"{name}/A"], whole[f"{name}/B"]).items()}
-            try:
-                write_peft(
-                    directory,
-                    tensors,
-                    base_model=base_model,
-                    rank=lora.rank,
-                    alpha=lora.alpha,
-                    dropout=lora.dropout,
-                    use_rslora=lora.use_rslora,
-                    extra_files=self.tokenizer_files(),
-                    exist_ok=exist_ok,
-                )
-            except (OSError, MswiftError) as failure:
-                error = failure
-        agree(error, groups)
+        megatron_adapter.export_adapter(self, directory, base_model=base_model, form=form, exist_ok=exist_ok)
 
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation config of the checkpoint, to be copied beside what is exported."""
@@ -276,7 +223,7 @@ class MegatronModel:
         """SHA-256 of this rank's part of the adapters."""
         digest = hashlib.sha256()
         for _, module in self.adapters():
-            for factor in (module.lora_a, module.lora_b):
+            for factor in module.factors.values():
                 digest.update(bytes_of(factor.detach().cpu().contiguous()))
         return digest.hexdigest()
 
@@ -315,6 +262,11 @@ class MegatronModel:
             keep: what is finished survives a failure or a kill. resume: go on with what an earlier call has kept.
         """
         merged = dict(self.adapters())
+        megatron_adapter.check_tied(self)
+        for module in merged.values():
+            if module.lora_magnitude is not None:
+                self.ensure(module.base_weight)
+                module.prepare_merge()
 
         def value(name: str, parameter: torch.Tensor) -> torch.Tensor:
             self.ensure(parameter)

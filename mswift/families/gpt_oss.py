@@ -38,5 +38,5 @@ def describe(hf: HfConfig) -> MegatronDescription:
     )
 
 
-EXPERTS = ExpertNames(router="mlp.router", stacks=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), transposed=True, woven=True)
+EXPERTS = ExpertNames(router="mlp.router", stacks=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), transposed=True, woven=True, declared=True)
 GPT_OSS = decoder_family("gpt_oss", ("GptOssForCausalLM",), describe, TensorNames(experts=EXPERTS))

@@ -16,5 +16,7 @@ def describe(hf: HfConfig) -> MegatronDescription:
 
 
 STACKS = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
-EXPERTS = ExpertNames(router="block_sparse_moe.router.layer", stacks=STACKS)
+EXPERTS = ExpertNames(
+    router="block_sparse_moe.router.layer", stacks=STACKS, router_module="block_sparse_moe.router", experts_module="block_sparse_moe.experts"
+)
 GRANITEMOE = decoder_family("granitemoe", ("GraniteMoeForCausalLM",), describe, TensorNames(experts=EXPERTS))

@@ -51,6 +51,7 @@ EXPERTS = ExpertNames(
     stacks=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
     transposed=True,
     shared="feed_forward.shared_expert",
+    experts_module="feed_forward.experts",
 )
 NAMES = TensorNames(gate_up=("feed_forward.gate_proj", "feed_forward.up_proj"), down="feed_forward.down_proj", experts=EXPERTS)
 LLAMA4 = decoder_family("llama4_text", ("Llama4ForCausalLM",), describe, NAMES)

@@ -18,5 +18,6 @@ EXPERTS = ExpertNames(
     experts="block_sparse_moe.experts",
     gate_up=("w1", "w3"),
     down="w2",
+    router_module="mlp.gate",
 )
 MINIMAX_M2 = decoder_family("minimax_m2", ("MiniMaxM2ForCausalLM",), describe, TensorNames(experts=EXPERTS))

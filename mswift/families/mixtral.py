@@ -12,5 +12,5 @@ def describe(hf: HfConfig) -> MegatronDescription:
     return describe_decoder(hf, transformer={**mixture, **windows(hf)})
 
 
-EXPERTS = ExpertNames(router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate_up=("w1", "w3"), down="w2")
+EXPERTS = ExpertNames(router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate_up=("w1", "w3"), down="w2", router_module="mlp.gate")
 MIXTRAL = decoder_family("mixtral", ("MixtralForCausalLM",), describe, TensorNames(experts=EXPERTS))

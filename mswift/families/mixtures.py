@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mswift.conversion.rules import FusedGateUp, GatedSlab, Rename, Rule, Slab
+from mswift.conversion.rules import ExpertSlot, FusedGateUp, GatedSlab, Rename, Rule, Slab
 from mswift.errors import ModelError
 from mswift.families.base import ExpertChoice, HfConfig, MegatronDescription
 
@@ -34,6 +34,9 @@ class ExpertNames:
     stacks: tuple[str, str] | None = None
     transposed: bool = False
     woven: bool = False
+    router_module: str | None = None
+    experts_module: str = "mlp.experts"
+    declared: bool = False
 
 
 def expert_rules(ours: str, theirs: str, description: MegatronDescription, names: ExpertNames) -> list[Rule]:
@@ -44,7 +47,8 @@ def expert_rules(ours: str, theirs: str, description: MegatronDescription, names
         return [FusedGateUp(f"{target}.linear_fc1.weight", gate, up), Rename(f"{target}.linear_fc2.weight", f"{source}.{names.down}.weight")]
 
     fields = description.transformer
-    rules: list[Rule] = [Rename(f"{ours}router.weight", f"{theirs}{names.router}.weight")]
+    module = None if names.router_module is None else f"{theirs}{names.router_module}"
+    rules: list[Rule] = [Rename(f"{ours}router.weight", f"{theirs}{names.router}.weight", module=module)]
     if description.router.bias:
         rules.append(Rename(f"{ours}router.bias", f"{theirs}{names.router}.bias"))
     if description.corrects_choice:
@@ -52,7 +56,12 @@ def expert_rules(ours: str, theirs: str, description: MegatronDescription, names
         rules.append(Slab(target, source, 0, 1) if names.bias_has_rows else Rename(target, source))
     for expert in range(fields["num_moe_experts"]):
         target = f"{ours}experts.local_experts.{expert}"
-        rules += mlp(target, f"{theirs}{names.experts}.{expert}") if names.stacks is None else _slabs(target, theirs, expert, description, names)
+        made = mlp(target, f"{theirs}{names.experts}.{expert}") if names.stacks is None else _slabs(target, theirs, expert, description, names)
+        slot = ExpertSlot(f"{theirs}{names.experts_module}", "down_proj", expert, fields["num_moe_experts"], names.transposed, names.declared)
+        for rule in made:
+            first = rule.target.endswith("linear_fc1.weight")
+            here = replace(slot, parameter="gate_up_proj", woven=names.woven) if first else slot
+            rules.append(replace(rule, slot=here) if rule.target.endswith(".weight") else rule)
     if fields.get("moe_shared_expert_intermediate_size"):
         rules += mlp(f"{ours}shared_experts", f"{theirs}{names.shared}")
     if fields.get("moe_shared_expert_gate"):

@@ -39,6 +39,7 @@ from mswift.families.modules import (
     ParallelBlock,
     RotaryTables,
     SdpaAttention,
+    SharedExperts,
     StyledRouter,
 )
 from mswift.families.te_names import fused_norms
@@ -147,6 +148,8 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
 
 
 def _describe_mixture(spec: ModuleSpec, description: MegatronDescription) -> None:
+    if spec.submodules.shared_experts is not None:
+        spec.submodules.shared_experts.module = SharedExperts
     if description.router != RouterStyle():
         spec.submodules.router = functools.partial(StyledRouter, style=description.router)
     if description.expert_bias:
@@ -225,7 +228,7 @@ def global_name(model: CausalLM, name: str) -> str:
 def base_parameters(model: CausalLM, groups: Groups) -> Iterator[tuple[str, Tensor, Shard]]:
     """(global name, tensor, which part of the whole it is) of every weight that a checkpoint has, buffers too; adapters are left out."""
     for name, parameter in model.named_parameters():
-        if not name.endswith((".lora_a", ".lora_b")):
+        if not name.endswith((".lora_a", ".lora_b", ".lora_magnitude")):
             yield global_name(model, name), parameter, shard_of(parameter, groups)
     for name, buffer in model.named_buffers():
         if name.endswith(".expert_bias"):

@@ -51,5 +51,5 @@ def _rotation(hf: HfConfig) -> tuple[AttentionStyle, int]:
     return replace(attention, rotations=short), limit
 
 
-EXPERTS = ExpertNames(router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate_up=("w1", "w3"), down="w2")
+EXPERTS = ExpertNames(router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate_up=("w1", "w3"), down="w2", router_module="mlp.router")
 PHIMOE = decoder_family("phimoe", ("PhimoeForCausalLM",), describe, TensorNames(experts=EXPERTS))

@@ -1,59 +1,50 @@
 """LoRA for megatron's parallel linears: `LoraLinear` wraps one and adds a low-rank term; the base weight is never written.
 
-The parameters keep megatron's attributes (which dim is split over tensor-parallel ranks), so that its optimizer, its checkpoints and our
-converters treat them as they treat any other.
+The parameters keep megatron's attributes (which dim is split over tensor-parallel ranks, which ranks share an expert), so that its optimizer,
+its checkpoints and our converters treat them as they treat any other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from mswift.errors import ConfigError
 from mswift.families.modules.layers import BlockedColumnParallelLinear, split_blocks
-from mswift.kernels.lora_linear import lora_linear
+from mswift.families.modules.mixture import BiasedExpertRowLinear
+from mswift.kernels.lora_linear import keep_mask, lora_linear
+from mswift.runtime.precision import widen
+from mswift.tuners.targets import ALL_LINEAR
 
-ALL_LINEAR = (
-    *("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj"),
-    *("linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"),
-)
-"""Module names that ``all-linear`` stands for: every linear layer of a block; the embedding, the head and routed experts stay as they are."""
-ROUTED = ".experts."
-"""In the name of every module of a routed expert."""
-
-HF_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "linear_q_proj": (("q_proj",),),
-    "linear_q_down_proj": (("q_a_proj",),),
-    "linear_q_up_proj": (("q_b_proj",),),
-    "linear_kv_down_proj": (("kv_a_proj_with_mqa",),),
-    "linear_kv_up_proj": (("kv_b_proj",),),
-    "linear_qkv": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
-    "linear_proj": (("o_proj",),),
-    "in_proj": (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
-    "out_proj": (("out_proj",),),
-    "linear_fc1": (("gate_proj", "up_proj"), ("gate_up_proj",), ("c_fc",)),
-    "linear_fc2": (("down_proj",), ("c_proj",)),
-}
-"""Megatron module -> the Hugging Face modules that it stands for, in each of the forms that families write them in."""
+Kind = Literal["column", "row", "whole"]
+"""How a weight is split over tensor-parallel ranks: by rows (outputs), by columns (inputs), or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """What an adapter is: `rank` r, scale `alpha` / r (`alpha` / sqrt(r) for rsLoRA), dropout rate on its input, wrapped modules."""
+    """What an adapter is.
+
+    Args:
+        rank, alpha, use_rslora: the scale is `alpha` / r, or `alpha` / sqrt(r) for rsLoRA. dropout: rate on its input.
+        targets: kinds of modules (`targets.ADAPTABLE`) that are wrapped. modules: None, or the names of all that are.
+        use_dora: the rows of the adapted weight have magnitudes of their own (DoRA, arXiv 2402.09353).
+    """
 
     rank: int = 8
     alpha: float = 32.0
@@ -61,109 +52,100 @@ class LoraSettings:
     use_rslora: bool = False
     targets: tuple[str, ...] = ALL_LINEAR
     seed: int = 42
+    use_dora: bool = False
+    modules: frozenset[str] | None = None
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def resolve_targets(names: list[str] | tuple[str, ...], own: Collection[str]) -> tuple[str, ...]:
-    """Megatron module names for ``all-linear``, Hugging Face names (``q_proj``) or megatron names (``linear_qkv``).
-
-    Args:
-        own: those of `ALL_LINEAR` that the model has.
-
-    Raises:
-        ConfigError: an unknown name, or a part of a fused layer without the other parts.
-    """
-    wanted = set(names)
-    known_here = tuple(target for target in ALL_LINEAR if target in own)
-    if wanted == {"all-linear"}:
-        return known_here
-    fused = {part: (target, set(parts)) for target in known_here for parts in HF_PARTS[target] for part in parts}
-    found: set[str] = set()
-    for name in wanted:
-        target, parts = fused.get(name, (name, {name}))
-        if target not in known_here:
-            known = ", ".join(["all-linear", *fused, *known_here])
-            raise ConfigError(f"--target_modules: got {name!r}, wanted one of {known}")
-        found.add(target)
-        missing = parts - wanted
-        if missing and target not in wanted:
-            raise ConfigError(
-                f"--target_modules: {', '.join(sorted(wanted & parts))} is one layer with {', '.join(sorted(missing))} on the Megatron engine; "
-                "name all of them"
-            )
-    return tuple(target for target in known_here if target in found)
-
-
-class LoraLinear(nn.Module):
-    """A megatron parallel linear plus ``scale * B A``; calls and returns like the linear that it wraps.
-
-    Column-parallel base: A ``[r, in]`` replicated, B ``[out / tp, r]``. Row-parallel base: A ``[r, in / tp]``, B ``[out, r]`` replicated;
-    its partial sums go through the base's own reduction, so that the adapter adds no communication to the forward pass.
+class Adapter(nn.Module):
+    """A frozen layer and the factors beside its weight; what all kinds of adapters have in common.
 
     Args:
         base: the layer; frozen here. name: global name, from which the initial values and the dropout masks follow.
+        group: the ranks that share the weight. spread: these hold experts of their own, which other tensor-parallel ranks do not have.
         width: input columns of the whole layer that are real; the rest are padded heads, where A stays zero. None: all.
     """
 
     def __init__(
         self,
-        base: ColumnParallelLinear | RowParallelLinear,
+        base: nn.Module | None,
+        weight: Tensor,
         name: str,
         settings: LoraSettings,
-        kind: Literal["column", "row"],
+        kind: Kind,
+        *,
+        group: dist.ProcessGroup,
+        spread: bool = False,
         width: int | None = None,
     ) -> None:
         super().__init__()
-        self.base_layer, self.kind, self.scale, self.dropout = base, kind, settings.scale, settings.dropout
+        self.base_layer, self.kind, self.scale, self.dropout, self.group = base, kind, settings.scale, settings.dropout, group
         self.tag = sum(ord(letter) * 131**i for i, letter in enumerate(name)) % 2**31
-        base.requires_grad_(False)
-        out_features, in_features = base.weight.shape
-        self.gated = base.config.gated_linear_unit and name.endswith("linear_fc1")
-        self.width = width or in_features * (base.tp_group.size() if kind == "row" else 1)
-        self.lora_a = nn.Parameter(base.weight.new_empty(settings.rank, in_features))
-        self.lora_b = nn.Parameter(base.weight.new_zeros(out_features, settings.rank))
-        set_tensor_model_parallel_attributes(self.lora_b if kind == "column" else self.lora_a, True, 0 if kind == "column" else 1, 1)
+        self.module_name = name
+        if base is not None:
+            base.requires_grad_(False)
+        out_features, in_features = weight.shape
+        self.width = width or in_features * (group.size() if kind == "row" else 1)
+        self.lora_a = nn.Parameter(weight.new_empty(settings.rank, in_features))
+        self.lora_b = nn.Parameter(weight.new_zeros(out_features, settings.rank))
+        self.lora_magnitude = nn.Parameter(weight.new_ones(out_features)) if settings.use_dora else None
+        self._mark(self.lora_a, 1 if kind == "row" else None, spread)
+        for rows in (self.lora_b, self.lora_magnitude):
+            if rows is not None:
+                self._mark(rows, 0 if kind == "column" else None, spread)
         self._initialise(settings)
 
     @property
-    def shared_factor(self) -> nn.Parameter:
-        """The factor that every tensor-parallel rank holds whole, and whose gradient is a partial sum on each of them."""
-        return self.lora_a if self.kind == "column" else self.lora_b
+    def base_weight(self) -> Tensor:
+        """The weight that is adapted, this rank's part."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def weight_name(self) -> str:
+        """Its name in the whole model."""
+        return f"{self.module_name}.weight"
+
+    @property
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        own = {"lora_a": self.lora_a, "lora_b": self.lora_b}
+        return own if self.lora_magnitude is None else {**own, "lora_magnitude": self.lora_magnitude}
+
+    @property
+    def shared_factors(self) -> list[nn.Parameter]:
+        """The factors that every rank of the group holds whole, and whose gradient is a partial sum on each of them."""
+        if self.kind == "column":
+            return [self.lora_a]
+        return [factor for name, factor in self.factors.items() if name != "lora_a"] if self.kind == "row" else []
+
+    def _mark(self, parameter: nn.Parameter, dim: int | None, spread: bool) -> None:
+        """Say what megatron's optimizer and gradient buffers have to know: how it is split, which ranks add up, who counts it in the norm."""
+        marked: Any = parameter
+        marked.allreduce = not spread
+        if dim is not None:
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+        elif spread:  # megatron would count it on the first of the dense ranks, each of which may have other experts
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+            marked.whole, marked.shared = True, self.group.rank() > 0
 
     def _initialise(self, settings: LoraSettings) -> None:
         """Kaiming-uniform A (bound 1/sqrt(in), as PEFT), drawn whole from the layer's name and cut: the same values in every layout."""
-        group = self.base_layer.tp_group
-        parts, part = (group.size(), group.rank()) if self.kind == "row" else (1, 0)
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.tag)
-        bound = 1.0 / math.sqrt(self.width)
-        whole = torch.empty(settings.rank, self.width).uniform_(-bound, bound, generator=generator)
+        parts, part = (self.group.size(), self.group.rank()) if self.kind == "row" else (1, 0)
+        whole = self._first_values(settings, torch.Generator().manual_seed(settings.seed * 1_000_003 + self.tag))
         whole = nn.functional.pad(whole, (0, self.lora_a.shape[1] * parts - self.width))
         with torch.no_grad():
             self.lora_a.copy_(whole.chunk(parts, 1)[part])
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
-        """`x` ``[s, b, in]`` -> (``[s, b, out]``, bias or None), as the wrapped layer."""
-        base = self.base_layer
-        group = base.tp_group
-        seed = (torch.initial_seed() * 31 + self.tag) % 2**62
-        common: dict[str, Any] = {"scale": self.scale, "dropout_p": self.dropout if self.training else 0.0, "seed": seed}
-        if self.kind == "column":
-            if base.sequence_parallel:
-                x = gather_from_sequence_parallel_region(x, group=group)
-            bias = None if base.skip_bias_add else base.bias
-            x_group = None if base.sequence_parallel else group  # the gather's backward pass adds the parts
-            output = lora_linear(x, base.weight, bias, self.lora_a, self.lora_b, group=x_group, **common)
-            return output, base.bias if base.skip_bias_add else None
-        columns: dict[str, Any] = {"first_column": x.shape[-1] * group.rank(), "full_width": self.width}
-        output = lora_linear(x, base.weight, None, self.lora_a, self.lora_b, **columns, **common)
-        reduce = reduce_scatter_to_sequence_parallel_region if base.sequence_parallel else reduce_from_tensor_model_parallel_region
-        output = reduce(output, group=group)
-        if base.skip_bias_add:
-            return output, base.bias
-        return (output if base.bias is None else output + base.bias), None
+    def _first_values(self, settings: LoraSettings, generator: torch.Generator) -> Tensor:
+        bound = 1.0 / math.sqrt(self.width)
+        return torch.empty(settings.rank, self.width).uniform_(-bound, bound, generator=generator)
+
+    def seed(self) -> int:
+        """Of the dropout mask of this micro batch."""
+        return (torch.initial_seed() * 31 + self.tag) % 2**62
 
     @torch.no_grad()
     def load(self, a: Tensor | None, b: Tensor | None) -> None:
@@ -177,49 +159,170 @@ class LoraLinear(nn.Module):
         self.lora_a.zero_()[: a.shape[0]].copy_(a)
         self.lora_b.zero_()[:, : b.shape[1]].copy_(b)
 
+    def _changed(self) -> Tensor:
+        """``W + scale * B A`` in fp32."""
+        return (self.lora_b.detach().float() @ self.lora_a.detach().float()).mul_(self.scale).add_(self.base_weight.detach())
+
+    @torch.no_grad()
+    def row_norms(self, *, exact: bool = False) -> Tensor:
+        """fp32 norms of the whole rows of ``W + scale * B A``. Collective where the rows are split.
+
+        Args:
+            exact: from the sum itself, not from the parts of its square.
+        """
+        if exact:
+            squares = self._changed().square_().sum(1)
+        else:
+            weight, a, b = self.base_weight.detach(), self.lora_a.detach(), self.lora_b.detach().float()
+            crossed = torch.mm(widen(weight), widen(a).t()).float()
+            a = a.float()
+            squares = self._squares() + (2 * self.scale * crossed + self.scale**2 * (b @ (a @ a.t()))).mul_(b).sum(1)
+        if self.kind == "row" and self.group.size() > 1:
+            dist.all_reduce(squares, group=self.group)
+        return squares.clamp_(min=0.0).sqrt_()
+
+    def _squares(self) -> Tensor:
+        """Sums of the squares of this rank's part of each row of the base, which never changes."""
+        if "base_squares" not in vars(self):
+            self.base_squares = torch.cat([rows.float().square_().sum(1) for rows in self.base_weight.detach().split(4096)])
+        return self.base_squares
+
+    @torch.no_grad()
+    def start_magnitudes(self) -> None:
+        """DoRA begins at the norms of the base. Collective where rows are split."""
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(self.row_norms(exact=True))
+
+    def prepare_merge(self) -> None:
+        """What `merged_weight` needs of other ranks. Collective."""
+        if self.lora_magnitude is not None:
+            self.norms_to_merge = self.row_norms(exact=True)
+
     def merged_weight(self) -> Tensor:
-        """This rank's part of ``W + scale * B A``: computed in fp32, rounded once to the dtype of W. The base is not touched."""
+        """This rank's part of the adapted weight: computed in fp32, rounded once to the dtype of W. The base is not touched."""
+        base = self.base_weight.detach()
+        if self.lora_magnitude is not None:
+            factor = magnitude_factor(self.lora_magnitude.detach(), self.norms_to_merge)
+            return self._changed().mul_(factor[:, None]).to(base.dtype)
         delta = (self.lora_b.detach().float() @ self.lora_a.detach().float()).mul_(self.scale)
-        base = self.base_layer.weight.detach()
         return torch.where(delta == 0, base, (delta + base).to(base.dtype))  # a zero keeps its sign where nothing is added
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """megatron's description of the adapter and the base for dist_checkpointing; base names are as without an adapter."""
-        axes = {"lora_b": 0} if self.kind == "column" else {"lora_a": 1}
-        own = {"lora_a": self.lora_a, "lora_b": self.lora_b}
-        sharded = make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets)
-        if self.gated:  # gate and up are split over the ranks each by itself, as megatron does with the weight
-            sharded[f"{prefix}lora_b"] = apply_swiglu_sharded_factory(sharded[f"{prefix}lora_b"], sharded_offsets)
-        if isinstance(self.base_layer, BlockedColumnParallelLinear):
-            sharded = split_blocks(sharded, f"{prefix}lora_b", self.base_layer.blocks)
-        return {**self.base_layer.sharded_state_dict(prefix, sharded_offsets, metadata), **sharded}
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        axes = {"column": {"lora_b": 0, "lora_magnitude": 0}, "row": {"lora_a": 1}, "whole": {}}[self.kind]
+        groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
+        sharded = make_sharded_tensors_for_checkpoint(self.factors, prefix, axes, sharded_offsets, **groups)
+        base = {} if self.base_layer is None else self.base_layer.sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {**base, **sharded}
 
 
-def add_lora(
-    model: nn.Module, settings: LoraSettings, global_name: Callable[[str], str], width: Callable[[str], int | None] = lambda _name: None
-) -> list[str]:
-    """Freeze `model` and wrap its target layers.
+def magnitude_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """fp32 factor of each row; 1 for rows of zeros, which are padding."""
+    return torch.where(norms > 0, magnitude.float() / norms.clamp(min=1e-30), torch.ones_like(norms))
 
-    Args:
-        global_name: maps a local module name to the name over all pipeline stages. width: real input columns by global name; None: all.
 
-    Returns:
-        Global names of the wrapped modules.
+class LoraLinear(Adapter):
+    """A megatron parallel linear plus ``scale * B A``; calls and returns like the linear that it wraps.
+
+    Column-parallel base: A ``[r, in]`` replicated, B ``[out / tp, r]``. Row-parallel base: A ``[r, in / tp]``, B ``[out, r]`` replicated;
+    its partial sums go through the base's own reduction, so that the adapter adds no communication to the forward pass. Inside experts nothing
+    is sent at all: whoever brings tokens to an expert and back adds up the parts.
     """
-    model.requires_grad_(False)
-    wrapped = []
-    for name, module in list(model.named_modules()):
-        parent_name, _, leaf = name.rpartition(".")
-        if leaf not in settings.targets or ROUTED in name or not isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            continue
-        kind: Literal["column", "row"] = "column" if isinstance(module, ColumnParallelLinear) else "row"
-        setattr(model.get_submodule(parent_name), leaf, LoraLinear(module, global_name(name), settings, kind, width(global_name(name))))
-        wrapped.append(global_name(name))
-    return wrapped
+
+    base_layer: ColumnParallelLinear | RowParallelLinear
+
+    def __init__(self, base: ColumnParallelLinear | RowParallelLinear, name: str, settings: LoraSettings, width: int | None = None) -> None:
+        kind: Kind = "column" if isinstance(base, ColumnParallelLinear) else "row"
+        spread = base.is_expert and base.expert_parallel
+        super().__init__(base, base.weight, name, settings, kind, group=base.tp_group, spread=spread, width=width)
+        self.gated = base.config.gated_linear_unit and name.endswith("linear_fc1")
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """`x` ``[s, b, in]`` -> (``[s, b, out]``, bias or None), as the wrapped layer."""
+        base, alone = self.base_layer, self.base_layer.explicit_expert_comm
+        if self.kind == "column":
+            if base.sequence_parallel and not alone:
+                x = gather_from_sequence_parallel_region(x, group=self.group)
+            bias = None if base.skip_bias_add else base.bias
+            x_group = None if base.sequence_parallel or alone else self.group  # the gather's backward pass adds the parts
+            return self._product(x, bias, x_group), base.bias if base.skip_bias_add else None
+        output = self._product(x, None, None)
+        if not alone:
+            reduce = reduce_scatter_to_sequence_parallel_region if base.sequence_parallel else reduce_from_tensor_model_parallel_region
+            output = reduce(output, group=self.group)
+        if isinstance(base, BiasedExpertRowLinear):
+            return base.share_bias(output)
+        if base.skip_bias_add:
+            return output, base.bias
+        return (output if base.bias is None else output + base.bias), None
+
+    def _product(self, x: Tensor, bias: Tensor | None, x_group: dist.ProcessGroup | None) -> Tensor:
+        """This rank's part of the output of the adapted layer. `x_group`: the gradient of `x` is summed over these ranks."""
+        first = x.shape[-1] * self.group.rank() if self.kind == "row" else 0
+        p, weight = self.dropout if self.training else 0.0, self.base_weight
+        if self.lora_magnitude is None:
+            columns: dict[str, Any] = {"first_column": first, "full_width": self.width} if self.kind == "row" else {}
+            common = {"scale": self.scale, "dropout_p": p, "seed": self.seed(), "group": x_group, **columns}
+            return lora_linear(x, weight, bias, self.lora_a, self.lora_b, **common)
+        if x_group is not None:
+            x = copy_to_tensor_model_parallel_region(x, group=x_group)
+        factor = magnitude_factor(self.lora_magnitude, self.row_norms())
+        if p == 0.0:
+            output = widen(lora_linear(x, weight, None, self.lora_a, self.lora_b, scale=self.scale)) * factor
+        else:  # as peft: what dropout takes away passes the base alone
+            flat = x.reshape(-1, x.shape[-1])
+            kept = flat * keep_mask((len(flat), self.width), (first, first + flat.shape[1]), p, self.seed(), flat)
+            adapted = widen(lora_linear(kept, weight, None, self.lora_a, self.lora_b, scale=self.scale)) * factor
+            output = (torch.mm(widen(flat - kept), widen(weight).t()) + adapted).view(*x.shape[:-1], -1)
+        return (output if bias is None else output + bias).to(x.dtype)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        alone = bool((metadata or {}).get("singleton_local_shards"))
+        for name in ("lora_b", "lora_magnitude"):
+            if name not in self.factors:
+                continue
+            if self.gated:  # gate and up are split over the ranks each by itself, as megatron does with the weight
+                sharded[prefix + name] = apply_swiglu_sharded_factory(sharded[prefix + name], sharded_offsets, alone)
+            if isinstance(self.base_layer, BlockedColumnParallelLinear):
+                sharded = split_blocks(sharded, prefix + name, self.base_layer.blocks)
+        return sharded
 
 
-def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+class LoraHead(LoraLinear):
+    """The output layer with an adapter; what megatron-core and `CausalLM` read of the layer is the base's."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.base_layer.sequence_parallel
+
+    def forward(self, x: Tensor, *_: Any, runtime_gather_output: bool | None = None, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """As the layer: gathered over the ranks where it is asked for."""
+        output, bias = super().forward(x)
+        gather = self.base_layer.gather_output if runtime_gather_output is None else runtime_gather_output
+        return gather_from_tensor_model_parallel_region(output, group=self.group) if gather else output, bias
+
+    def extend(self, hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[s, b, hidden + r]`` and a weight ``[rows here, hidden + r]`` whose product are the logits of the adapted head."""
+        kept = hidden_states
+        if self.training and self.dropout > 0:
+            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+            kept = (flat * keep_mask((len(flat), flat.shape[1]), (0, flat.shape[1]), self.dropout, self.seed(), flat)).view_as(hidden_states)
+        down = torch.matmul(widen(kept), widen(self.lora_a).t()).mul(self.scale).to(hidden_states.dtype)
+        return torch.cat((hidden_states, down), dim=-1), torch.cat((weight, self.lora_b), dim=1)
+
+
+def lora_modules(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """(local name, module) of every adapter in `model`."""
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, Adapter):
             yield name, module

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mswift.tuners.targets import ADAPTABLE as EVERYTHING
 from tests.distributed.harness import run_distributed
 from tests.distributed.runs import Run
 from tests.parity.cases import options_of
@@ -18,12 +19,10 @@ from tests.parity.reference import distance, labelled_rows, load_peft, load_tens
 from tests.tiny import make_checkpoint, make_peft_adapter, write_rows
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "mlp_only_layers": [1]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 44}
 MIXTURE = {**EXPERTS, "mlp_only_layers": [1]}
 MIXTURE_OF_NEXT = {**EXPERTS, "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
-# without the MLP: where transformers 5 holds experts in one tensor, peft takes gate_proj, up_proj and down_proj for names of routed experts alone
-MIXERS = ("linear_qkv", "linear_proj", "in_proj", "out_proj")
-LATENT = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 # three groups of heads and a base without and with biases: TP2 pads the heads; the fourth has one group for two ranks
 TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "llama-tp1": ("llama", {}, 1, {"lora": LORA}),
@@ -39,18 +38,22 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "phi3-tp2-packed": ("phi3", {}, 2, {"tp": 2, "lora": LORA}),
     "starcoder2-pp2-no-gate": ("starcoder2", {"sliding_window": 6}, 2, {"pp": 2, "lora": LORA}),
     "gemma2-tp2-limits": ("gemma2", {"sliding_window": 6, "final_logit_softcapping": 9.0}, 2, {"tp": 2, "lora": LORA}),
-    "qwen2-moe-tp2": ("qwen2_moe", MIXTURE, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
+    "qwen2-moe-tp2": ("qwen2_moe", MIXTURE, 2, {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": EVERYTHING}}),
+    "mixtral-tp2-ep2-etp1": (*options_of("mixtral/plain"), 4, {"tp": 2, "ep": 2, "sequence_parallel": True, "lora": {**LORA, "targets": EVERYTHING}}),
+    "qwen3-moe-ep2-etp2": ("qwen3_moe", ROUTED, 4, {"ep": 2, "etp": 2, "lora": LORA}),
     "qwen3.5-moe-tp2": ("qwen3_5_moe_text", MIXTURE_OF_NEXT, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
-    "qwen3-next-pp2": ("qwen3_next", MIXTURE_OF_NEXT, 2, {"pp": 2, "lora": {**LORA, "targets": MIXERS}}),
-    "deepseek-v3-tp2": (*options_of("deepseek_v3/plain"), 2, {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": LATENT}}),
-    "deepseek-v2-pp2-lite": (*options_of("deepseek_v2/lite"), 2, {"pp": 2, "lora": {**LORA, "targets": LATENT}}),
+    "qwen3-next-pp2-vpp2": ("qwen3_next", MIXTURE_OF_NEXT, 2, {"pp": 2, "vpp": 2, "lora": {**LORA, "targets": EVERYTHING}}),
+    "deepseek-v3-tp2": (*options_of("deepseek_v3/plain"), 2, {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": EVERYTHING}}),
+    "deepseek-v2-pp2-ep2-lite": (*options_of("deepseek_v2/lite"), 4, {"pp": 2, "ep": 2, "lora": LORA}),
     "gpt-oss-tp2": (
         "gpt_oss",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
         2,
-        {"tp": 2, "sequence_parallel": True, "lora": LORA},
+        {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": EVERYTHING}},
     ),
-    "llama4-tp2": (*options_of("llama4_text/plain"), 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
+    "llama4-ep2": (*options_of("llama4_text/plain"), 2, {"ep": 2, "lora": {**LORA, "targets": EVERYTHING}}),
+    "granitemoe-tp2": (*options_of("granitemoe/plain"), 2, {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": EVERYTHING}}),
+    "phimoe-ep2": (*options_of("phimoe/plain"), 2, {"ep": 2, "lora": {**LORA, "targets": EVERYTHING}}),
     "cohere-tp2-parallel": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}, 2, {"tp": 2, "lora": LORA}),
 }
 
@@ -91,9 +94,22 @@ def test_the_merged_export_computes_the_same_in_transformers(trained: tuple[Path
     assert distance(logits_with(folder / "merged", None, ids), logits(ranks)) < 1e-4
     base, merged = load_tensors(folder / "model"), load_tensors(folder / "merged")
     assert set(merged) == set(base)
-    targets = json.loads((folder / "adapter" / "adapter_config.json").read_text())["target_modules"]
-    moved = {name.split(".")[-2] for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
-    assert moved == set(targets)
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    targets = {last_part(name) for name in [*config["target_modules"], *config.get("target_parameters", ())]}
+    moved = {last_part(name) for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert moved == targets
+
+
+EXPERT_NAMES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+EXPERT_NAMES |= {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
+
+
+def last_part(name: str) -> str:
+    """What is adapted; experts and routers of a checkpoint by the names that transformers' model has for them."""
+    part = name.removesuffix(".weight").rpartition(".")[2]
+    if part in ("gate", "layer"):
+        return "router"
+    return EXPERT_NAMES.get(part, part) if ".experts." in name or part in ("input_linear", "output_linear") else part
 
 
 def test_training_moves_no_base_weight_by_one_bit(trained: tuple[Path, list[Trained]]) -> None:
@@ -206,7 +222,7 @@ def test_the_gradients_of_an_adapter_equal_those_of_peft(
         assert rank.grad_norm == pytest.approx(norm_of_fused(expected), rel=1e-4)
 
 
-FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1"}
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1", "in_proj_qkvz": "in_proj", "in_proj_ba": "in_proj"}
 
 
 def fused_name(name: str) -> str:

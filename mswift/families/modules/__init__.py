@@ -7,7 +7,7 @@ from mswift.families.modules.causal_lm import CausalLM
 from mswift.families.modules.delta_net import DeltaNet
 from mswift.families.modules.latent import LatentAttention
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
-from mswift.families.modules.mixture import BiasedExpertRowLinear, StyledRouter
+from mswift.families.modules.mixture import BiasedExpertRowLinear, SharedExperts, StyledRouter
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.packed import packed_rows
 from mswift.families.modules.rotary import RotaryTables
@@ -28,6 +28,7 @@ __all__ = [
     "ParallelBlock",
     "RotaryTables",
     "SdpaAttention",
+    "SharedExperts",
     "StyledRouter",
     "packed_rows",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from mswift.families.base import MegatronDescription
@@ -21,6 +22,7 @@ class CausalLM(GPTModel):
     def __init__(self, *args: Any, description: MegatronDescription, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.description = description
+        self.head_adapter: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         if self.pre_process and description.embedding_scale != 1.0:
             self.embedding.register_forward_hook(self._scale_embedding)
         if self.post_process and description.head_bias:
@@ -51,6 +53,10 @@ class CausalLM(GPTModel):
         if parallel_sequence:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         weight = self.output_weight()
+        if self.head_adapter is not None:  # further columns of the head, which meet what the adapter makes of the hidden states
+            if not parallel_sequence:  # before them, since the gradient of what the ranks share is a partial sum on each
+                hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+            hidden_states, weight = self.head_adapter(hidden_states, weight)
         if self.description.head_bias:  # one column more of the head, which meets a one in every hidden state
             hidden_states = nn.functional.pad(hidden_states, (0, 1), value=1.0)
             weight = torch.cat((weight, self.output_layer.bias[:, None]), dim=1)
@@ -62,7 +68,7 @@ class CausalLM(GPTModel):
             logit_scale=self.description.logit_scale,
             softcap=self.description.logit_softcap,
             group=group,
-            reduce_grad=not parallel_sequence,  # the gather's backward pass adds the parts
+            reduce_grad=not parallel_sequence and self.head_adapter is None,  # the gather's backward pass adds the parts
         )
         return log_probs.t()
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor, nn
 
 from mswift.families.base import RouterStyle
@@ -80,5 +82,24 @@ class BiasedExpertRowLinear(BiasedRowParallelLinear):
             set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor]:
-        output, bias = super().forward(input_)
-        return output.clone(), bias if self.tp_group.rank() == 0 else bias * 0.0  # megatron adds the bias in place
+        return self.share_bias(super().forward(input_)[0])
+
+    def share_bias(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and what this rank adds to it."""
+        return output.clone(), self.bias if self.tp_group.rank() == 0 else self.bias * 0.0  # megatron adds the bias in place
+
+
+class SharedExperts(SharedExpertMLP):
+    """megatron's expert of all tokens, with a place for an adapter on the weight of its gate."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gate_adapter: nn.Module | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[s, b, hidden]`` -> ``[s, b, hidden]``."""
+        if self.gate_adapter is None:
+            return super().forward(hidden_states)
+        output, _ = MLP.forward(self, hidden_states)
+        logits = nn.functional.linear(hidden_states, self.gate_weight)
+        return output * (logits + self.gate_adapter(hidden_states).to(logits.dtype)).sigmoid()

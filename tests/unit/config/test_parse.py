@@ -120,7 +120,7 @@ def test_old_and_idle_names_are_noted_once() -> None:
         ("--packing true", "--packing is not supported yet"),
         ("--packing", "--packing is not supported yet"),
         ("--neat_packing true", "--neat_packing is not supported yet"),
-        ("--use_dora true", "--use_dora is not supported yet"),
+        ("--use_galore true", "--use_galore is not supported yet"),
         ("--task_type seq_cls", "--task_type is not supported yet"),
         ("--mcore_adapter d", "--mcore_adapter is a flag of mswift export, not of mswift sft"),
         ("--fp16 true", "--fp16: float16 is not supported yet, wanted one of bfloat16, float32"),

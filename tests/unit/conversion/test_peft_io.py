@@ -160,7 +160,6 @@ def test_nothing_is_half_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "use_dora=true"),
         ({"bias": "all"}, 'bias="all"'),
         ({"modules_to_save": ["lm_head"]}, r'modules_to_save=\["lm_head"\]'),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa"'),

@@ -25,7 +25,7 @@ LATENT = ("linear_q_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_p
 
 def _resolve(rank: int, world: int, cases: list[list[str]], own: tuple[str, ...] = MIXED) -> list[Any]:
     from mswift.errors import ConfigError
-    from mswift.tuners.lora import resolve_targets
+    from mswift.tuners.targets import resolve_targets
 
     def attempt(names: list[str]) -> Any:
         try:
@@ -69,7 +69,7 @@ def test_target_names_that_are_refused() -> None:
     assert unknown.startswith("--target_modules: got 'q_projj', wanted one of all-linear, q_proj")
     assert "q_proj, v_proj is one layer with k_proj on the Megatron engine; name all of them" in part
     assert "up_proj is one layer with gate_proj" in other_part
-    assert "wanted one of" in mixed
+    assert "got 'lm_head', wanted a model with a head of its own" in mixed
     assert all("\n" not in text for text in (unknown, part, other_part, mixed))
 
 

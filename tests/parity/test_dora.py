@@ -1,0 +1,134 @@
+"""DoRA is the same function here and in peft: gradients, steps, exports, merges and imports, in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.harness import RankError, run_distributed
+from tests.distributed.runs import Run, open_model
+from tests.parity.ranks import adapter_logits, first_step, train_lora
+from tests.parity.reference import distance, load_peft, load_tensors, logits_with
+from tests.parity.test_lora_parity import norm_of_fused, peft_gradients, rows_for_transformers
+from tests.tiny import make_checkpoint, make_peft_adapter, write_rows
+
+DORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "use_dora": True}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "tp2-split-sequences": (2, {"tp": 2, "sequence_parallel": True}),
+    "tp2-pp2": (4, {"tp": 2, "pp": 2}),
+}
+"""Two of three groups of heads: tensor-parallel ranks have one of zeros, whose rows have no norm."""
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(3, 331, (3, 20), generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dora")
+    write_rows(folder / "rows.jsonl")
+    return make_checkpoint(folder / "model", **BIASES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_computes_the_same_in_peft_and_merged(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
+    world, sizes = LAYOUTS[layout]
+    run = Run(base, base.parent / "rows.jsonl", steps=4, lora={**DORA, "dropout": 0.1}, **sizes)
+    ranks = run_distributed(train_lora, world, run, ids, tmp_path, timeout=120)
+    logits = next(rank.logits for rank in ranks if rank.logits is not None)
+    assert ranks[0].losses[-1] < ranks[0].losses[0] - 0.1
+    assert distance(logits_with(base, tmp_path / "adapter", ids), logits) < 1e-4
+    assert distance(logits_with(tmp_path / "merged", None, ids), logits) < 1e-4
+    assert all(rank.base_before == rank.base_after for rank in ranks)
+    magnitudes = {name: tensor for name, tensor in load_tensors(tmp_path / "adapter").items() if name.endswith("lora_magnitude_vector")}
+    weights = load_tensors(base)
+    assert len(magnitudes) == 4 * 7
+    for name, magnitude in magnitudes.items():
+        start = weights[name.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")].norm(dim=1)
+        assert 0 < (magnitude - start).abs().max() < 0.2, "trained, and not far from where it began"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_equal_those_of_peft(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
+    """From an adapter of our own: the modules of a fused layer share one A, so its gradient is the sum of theirs."""
+    run_distributed(train_lora, 1, Run(base, base.parent / "rows.jsonl", lora=DORA, steps=3), ids, tmp_path)
+    world, sizes = LAYOUTS[layout]
+    run = Run(base, base.parent / "rows.jsonl", adapter=tmp_path / "adapter", max_grad_norm=0.0, **sizes)
+    found = run_distributed(first_step, world, run, tmp_path / "gradients")
+    model = load_peft(base, tmp_path / "adapter", trainable=True)
+    loss = model(**rows_for_transformers(base, base.parent / "rows.jsonl", found[0].rows)).loss
+    loss.backward()
+    expected = {name.removesuffix(".weight") if "magnitude" in name else name: gradient for name, gradient in peft_gradients(model).items()}
+    ours = load_tensors(tmp_path / "gradients")
+    assert set(ours) == set(expected)
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+    for rank in found:
+        assert rank.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert rank.grad_norm == pytest.approx(norm_of_fused(expected), rel=1e-4)
+
+
+PEFT: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "some": {"target_modules": ["q_proj", "v_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "ranks-rslora": {"use_rslora": True, "rank_pattern": {"k_proj": 3, "gate_proj": 7}, "alpha_pattern": {"o_proj": 5}},
+}
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2"])
+def test_an_adapter_of_peft_loads_exactly_and_goes_back(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
+    adapters = [make_peft_adapter(base, tmp_path / name, use_dora=True, **options) for name, options in PEFT.items()]
+    copies = [tmp_path / f"{adapter.name}-copy" for adapter in adapters]
+    world, sizes = LAYOUTS[layout]
+    found = run_distributed(adapter_logits, world, [Run(base, adapter=adapter, **sizes) for adapter in adapters], ids, copies)[-1]
+    plain = logits_with(base, None, ids)
+    for adapter, copy, ours in zip(adapters, copies, found, strict=True):
+        expected = logits_with(base, adapter, ids)
+        assert distance(plain, expected) > 0.1, adapter.name
+        assert distance(ours, expected) < 1e-4, adapter.name
+        assert distance(logits_with(base, copy, ids), expected) < 1e-4, adapter.name
+
+
+def with_dropout(rank: int, world: int, run: Run) -> dict[str, Tensor]:
+    """One layer with dropout on, and what peft says it should give for that mask, from the parts. For `run_distributed`."""
+    from mswift.kernels.lora_linear import keep_mask
+
+    module = next(module for name, module in open_model(run, world).adapters() if name.endswith("linear_proj.weight"))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for factor in module.factors.values():
+            factor.add_(torch.randn(factor.shape, generator=generator) * 0.1)
+    x = torch.randn(5, 2, module.base_weight.shape[1], generator=generator)
+    found = module.train()(x)[0]
+    flat = x.flatten(0, 1)
+    kept = flat * keep_mask((10, flat.shape[1]), (0, flat.shape[1]), module.dropout, module.seed(), flat)
+    w, delta = module.base_weight, module.scale * module.lora_b @ module.lora_a
+    factor = module.lora_magnitude / (w + delta).norm(dim=1)
+    wanted = flat @ w.t() + (factor - 1) * (kept @ w.t()) + factor * (kept @ delta.t())
+    return {"found": found.flatten(0, 1).detach(), "wanted": wanted.detach(), "plain": (flat @ w.t()).detach(), "mask": kept == 0}
+
+
+def test_dropout_takes_from_the_adapted_part_alone(base: Path) -> None:
+    """peft: the base sees the whole input; what is added for the magnitude and the factors sees what dropout has left."""
+    plain = make_checkpoint(base.parent / "plain")
+    said = run_distributed(with_dropout, 1, Run(plain, lora={**DORA, "dropout": 0.3}))[0]
+    assert 0.2 < said["mask"].float().mean() < 0.4
+    torch.testing.assert_close(said["found"], said["wanted"], rtol=1e-4, atol=1e-5)
+    assert distance(said["found"], said["plain"]) > 0.1
+
+
+def test_what_has_no_dora_is_refused(ids: Tensor, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="--use_dora true is not done on output_layer; leave these out"):
+        run_distributed(adapter_logits, 1, [Run(base, lora={**DORA, "targets": ("linear_qkv", "output_layer")})], ids)
+    adapter = make_peft_adapter(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(RankError, match="DoRA on word_embeddings, which is not supported there; merge it into its base with peft"):
+        run_distributed(adapter_logits, 1, [Run(base, adapter=adapter)], ids)
