@@ -111,7 +111,7 @@ def stacked_tensors(stacks: Iterable[ExpertStack], rank: int, form: str) -> dict
     by_module: dict[str, dict[str, ExpertStack]] = {}
     for stack in stacks:
         by_module.setdefault(stack.slot.module, {})[stack.slot.parameter] = stack
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module, parameters in by_module.items():
         if form == VLLM and len(parameters) < 2:
             raise ConversionError(f"{module} has an adapter on {', '.join(parameters)} alone; the form {VLLM} wants gate_up_proj and down_proj")
@@ -189,7 +189,8 @@ def _expert(slot: ExpertSlot, a: Tensor, b: Tensor, shape: Shape, form: str) -> 
 def _modules_of(rule: Rule, a: Tensor, b: Tensor, shape: Shape) -> dict[str, Tensor]:
     """Gate and up with the one A that they share, or down."""
     single = adapter_rule(rule)
-    at, found = 0, {}
+    found: dict[str, Tensor] = {}
+    at = 0
     for source, module_shape in single.source_shapes(shape).items():
         name_a, name_b = peft_names(source)
         found |= {name_a: a, name_b: b[at : at + module_shape[0]]}

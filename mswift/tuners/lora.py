@@ -101,6 +101,7 @@ class Adapter(nn.Module):
     @property
     def base_weight(self) -> Tensor:
         """The weight that is adapted, this rank's part."""
+        assert self.base_layer is not None
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
@@ -184,7 +185,7 @@ class Adapter(nn.Module):
     def _squares(self) -> Tensor:
         """Sums of the squares of this rank's part of each row of the base, which never changes."""
         if "base_squares" not in vars(self):
-            self.base_squares = torch.cat([rows.float().square_().sum(1) for rows in self.base_weight.detach().split(4096)])
+            self.base_squares = torch.cat([rows.float().square().sum(1) for rows in self.base_weight.detach().split(4096)])
         return self.base_squares
 
     @torch.no_grad()
@@ -213,7 +214,8 @@ class Adapter(nn.Module):
         axes = {"column": {"lora_b": 0, "lora_magnitude": 0}, "row": {"lora_a": 1}, "whole": {}}[self.kind]
         groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
         sharded = make_sharded_tensors_for_checkpoint(self.factors, prefix, axes, sharded_offsets, **groups)
-        base = {} if self.base_layer is None else self.base_layer.sharded_state_dict(prefix, sharded_offsets, metadata)
+        layer: Any = self.base_layer
+        base = {} if layer is None else layer.sharded_state_dict(prefix, sharded_offsets, metadata)
         return {**base, **sharded}
 
 

@@ -52,7 +52,7 @@ class LoraEmbedding(Adapter):
 class _Scores(Adapter):
     """An adapter on a small weight that every rank holds whole and applies to its own tokens, in fp32."""
 
-    def __init__(self, base: nn.Module, weight: Tensor, name: str, settings: LoraSettings, config: Any, group: Any) -> None:
+    def __init__(self, base: nn.Module | None, weight: Tensor, name: str, settings: LoraSettings, config: Any, group: Any) -> None:
         super().__init__(base, weight, name, settings, "whole", group=group)
         self.split_sequences = config.sequence_parallel and group.size() > 1
         for factor in self.factors.values():  # its gradient is summed over the ranks that share a sequence, as that of the weight

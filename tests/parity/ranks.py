@@ -48,8 +48,8 @@ def export_adapter_gradients(engine: Any, directory: Path) -> None:
     """The same of an adapter, as a PEFT directory. The adapter itself is lost: its gradients are put in its place."""
     with torch.no_grad():
         for _, module in engine.model.adapters():
-            module.lora_a.copy_(module.lora_a.main_grad)
-            module.lora_b.copy_(module.lora_b.main_grad)
+            for factor in module.factors.values():
+                factor.copy_(factor.main_grad)
     engine.export_adapter(directory)
 
 
