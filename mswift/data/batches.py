@@ -165,31 +165,36 @@ class Batches:
         return known[1]
 
     def _micro_batch(self, index: int, rows: list[int]) -> MicroBatch:
-        lengths = self.dataset.lengths[rows].tolist() if rows else []
-        num_tokens = sum(lengths)
-        total = num_tokens if self.end_to_end else max(lengths, default=0)
-        width = -(-max(total, 1) // self.pad_to_multiple) * self.pad_to_multiple
-        height = 1 if self.end_to_end else max(len(rows), 1)
-        ids = np.full((height, width), self.pad_token_id, np.int64)
-        labels = np.full((height, width), IGNORED_LABEL, np.int64)
-        weights = np.zeros((height, width), np.float32)
-        bounds = [0]
-        for i, row in enumerate(rows):
-            line, start = (0, bounds[-1]) if self.end_to_end else (i, 0)
-            row_ids, row_weights = self.dataset.arrays(row)
-            end = start + len(row_ids)
-            ids[line, start:end] = row_ids
-            weights[line, start : end - 1] = row_weights[1:]
-            labels[line, start : end - 1] = np.where(row_weights[1:] != 0, row_ids[1:], IGNORED_LABEL)
-            bounds.append(end)
-        tensors = (torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights))
-        if not self.end_to_end:
-            return MicroBatch(*tensors, torch.arange(width).expand(height, width).contiguous(), index, num_tokens, rows)
-        if bounds[-1] < width:
-            bounds.append(width)
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        positions = torch.arange(width) - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff()).long()
-        return MicroBatch(*tensors, positions[None], index, num_tokens, rows, cu_seqlens)
+        return collate(self.dataset, rows, index, pad_token_id=self.pad_token_id, pad_to_multiple=self.pad_to_multiple, end_to_end=self.end_to_end)
+
+
+def collate(dataset: TokenRows, rows: list[int], index: int, *, pad_token_id: int, pad_to_multiple: int, end_to_end: bool) -> MicroBatch:
+    """A micro batch of rows of a data set, side by side or end to end; of no rows: one row of padding."""
+    lengths = dataset.lengths[rows].tolist() if rows else []
+    num_tokens = sum(lengths)
+    total = num_tokens if end_to_end else max(lengths, default=0)
+    width = -(-max(total, 1) // pad_to_multiple) * pad_to_multiple
+    height = 1 if end_to_end else max(len(rows), 1)
+    ids = np.full((height, width), pad_token_id, np.int64)
+    labels = np.full((height, width), IGNORED_LABEL, np.int64)
+    weights = np.zeros((height, width), np.float32)
+    bounds = [0]
+    for i, row in enumerate(rows):
+        line, start = (0, bounds[-1]) if end_to_end else (i, 0)
+        row_ids, row_weights = dataset.arrays(row)
+        end = start + len(row_ids)
+        ids[line, start:end] = row_ids
+        weights[line, start : end - 1] = row_weights[1:]
+        labels[line, start : end - 1] = np.where(row_weights[1:] != 0, row_ids[1:], IGNORED_LABEL)
+        bounds.append(end)
+    tensors = (torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights))
+    if not end_to_end:
+        return MicroBatch(*tensors, torch.arange(width).expand(height, width).contiguous(), index, num_tokens, rows)
+    if bounds[-1] < width:
+        bounds.append(width)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    positions = torch.arange(width) - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff()).long()
+    return MicroBatch(*tensors, positions[None], index, num_tokens, rows, cu_seqlens)
 
 
 def padding_share(micro_batches: Sequence[MicroBatch]) -> float:

@@ -75,7 +75,7 @@ def encode_dataset(
     sink = MemorySink() if sink is None else sink
     total, done = len(rows) if isinstance(rows, Sized) else 0, 0
     for origins, chunk in _encode_all(rows, template, num_proc):
-        _take(chunk, origins, report, bad, sink)
+        take(chunk, origins, report, bad, sink)
         done += len(origins)
         if progress is not None:
             progress(done, total)
@@ -151,7 +151,7 @@ def _work(conversations: Sequence[Conversation]) -> EncodedChunk:
 # ---- lengths ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def _take(chunk: EncodedChunk, rows: Sequence[Row], report: LengthReport, bad: BadRows, sink: TokenSink) -> None:
+def take(chunk: EncodedChunk, rows: Sequence[Row], report: LengthReport, bad: BadRows, sink: TokenSink) -> None:
     """What fits goes to the sink, and what became of each row into the report."""
     starts = np.cumsum(chunk.lengths) - chunk.lengths
     trained = chunk.weights != 0

@@ -79,7 +79,7 @@ class Shards:
         sizes = [os.path.getsize(name) if os.path.isfile(name) else 0 for name in self.names]
         digest = hashlib.sha256(repr([(os.path.basename(name), size) for name, size in zip(self.names, sizes, strict=True)]).encode())
         for column in self.chunks.columns():
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
 
 
@@ -102,11 +102,12 @@ def open_shards(part: Part, *, exchange: Exchange | None = None, rank: int = 0, 
         found = [(number, index_file(names[number], number)) for number in range(rank, len(names), world)]
     except DataError as error:
         found = error
-    everything = [found] if exchange is None else exchange(found)
-    for one in everything:
+    indexed: list[tuple[int, Chunks]] = []
+    for one in [found] if exchange is None else exchange(found):
         if isinstance(one, DataError):
             raise one
-    chunks = Chunks.join([chunk for _, chunk in sorted(itertools.chain.from_iterable(everything), key=lambda pair: pair[0])])
+        indexed += one
+    chunks = Chunks.join([chunk for _, chunk in sorted(indexed, key=lambda pair: pair[0])])
     if not int(chunks.rows.sum()):
         raise DataError(f"{part.spec.name}: holds no rows; check --dataset")
     return Shards(part, names, chunks, [])

@@ -73,8 +73,8 @@ class StreamedSource:
         end = min(begin + self.window, (lane + 1) * base + min(lane + 1, rest))
         items = self._read(turn, lane, begin, end)
         if self.shuffle:
-            key = [self.seed, 1 + self.number, turn, lane, window]
-            items = [items[i] for i in np.random.Generator(np.random.PCG64(key)).permutation(len(items)).tolist()]
+            entropy = [self.seed, 1 + self.number, turn, lane, window]
+            items = [items[i] for i in np.random.Generator(np.random.PCG64(entropy)).permutation(len(items)).tolist()]
         self._windows[lane] = [*known[-1:], ((turn, window), items)]
         return items
 
