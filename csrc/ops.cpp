@@ -10,4 +10,11 @@
 TORCH_LIBRARY(mswift, m) {
   m.def("isa() -> str", []() -> std::string { return mswift::name_of(mswift::isa()); });
   m.def("built_for() -> str", []() -> std::string { return TORCH_VERSION; });
+
+  // attention
+  m.def(
+      "causal_attention(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor? sinks, float scale, int window, int chunk) -> (Tensor out, Tensor lse)");
+  m.def(
+      "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bounds, float scale, int window, "
+      "int chunk) -> (Tensor, Tensor, Tensor)");
 }
