@@ -24,7 +24,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("MSWIFT_BUILD", "auto")
-FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # of which the intrinsics in GCC 12's own headers are full
 
 
 def add_tools_to_path() -> None:
@@ -78,6 +79,7 @@ def make_builder() -> type[build_ext]:
 
         def run(self) -> None:
             try:
+                (self.package_folder() / "kernels" / "lib").mkdir(parents=True, exist_ok=True)  # setuptools does not, in place
                 super().run()
             except (OSError, RuntimeError, subprocess.CalledProcessError, SystemExit) as error:
                 self.give_up(error)

@@ -90,7 +90,7 @@ void pack_right(const bf16* from, int64_t stride, int rows, int columns, bf16* t
 static inline void store_right(float*, int, int, __m512, __m512) {}  // plain d scores are the right factor in fp32
 
 #define MSWIFT_VALUE float
-#include "cpu/attention_tiles.inl"
+#include "cpu/attention_values.h"
 #undef MSWIFT_VALUE
 
 MSWIFT_TARGET_END
@@ -109,7 +109,7 @@ static inline void store_right(bf16* to, int r, int c, __m512 even, __m512 odd) 
 }
 
 #define MSWIFT_VALUE bf16
-#include "cpu/attention_tiles.inl"
+#include "cpu/attention_values.h"
 #undef MSWIFT_VALUE
 
 MSWIFT_TARGET_END

@@ -6,6 +6,7 @@ Loading is by path and needs no Python API of the extension, so that a CUDA libr
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,16 +17,30 @@ _FOLDER = Path(__file__).resolve().parent / "lib"  # no package: what is in it i
 _LIBRARY = _FOLDER / "libmswift_cpu.so"
 _NOTE = _FOLDER / "build.txt"
 
+LEVELS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
+
 logger = get_logger(__name__)
+_descriptions: list[Callable[[], None]] = []
 
 
 @functools.cache
 def missing() -> str | None:
     """Load the compiled kernels; why they cannot be used, or None. A reason is told once."""
     reason = _load()
-    if reason is not None:
+    if reason is None:
+        for describe in _descriptions:
+            describe()
+    else:
         logger.warning("the compiled kernels are not in use (%s); plain torch is, which is slower and gives the same results", reason)
     return reason
+
+
+def when_loaded(describe: Callable[[], None]) -> Callable[[], None]:
+    """Call `describe` once the operators exist: it tells torch of their shapes and gradients. May stand as a decorator."""
+    _descriptions.append(describe)
+    if missing.cache_info().currsize and missing() is None:
+        describe()
+    return describe
 
 
 def _load() -> str | None:
@@ -46,3 +61,8 @@ def _load() -> str | None:
 def isa() -> str:
     """The instruction set that the CPU kernels use: none, avx2, avx512, avx512_bf16 or amx (MSWIFT_ISA lowers it)."""
     return "none" if missing() else torch.ops.mswift.isa()
+
+
+def isa_at_least(level: str) -> bool:
+    """Whether the kernels can use the instructions of `level`, one of `LEVELS`."""
+    return LEVELS.index(isa()) >= LEVELS.index(level)

@@ -1,7 +1,7 @@
 """Causal attention over rows that lie end to end: no query sees another row.
 
-Plain torch: one call of scaled_dot_product_attention for each row, so that time and memory grow with the sum of squares of the rows' lengths
-and not with the square of their sum.
+Time and memory grow with the sum of squares of the rows' lengths and not with the square of their sum. Where the compiled kernel does not run
+it is plain torch: one call of scaled_dot_product_attention for each row.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mswift.kernels import causal_attention
 
 
 def packed_attention(
@@ -36,6 +38,9 @@ def packed_attention(
     Returns:
         ``[t, heads, dv]`` in the dtype of `query`.
     """
+    if causal_attention.usable(query, key, value, softcap=softcap, dropout_p=dropout_p):
+        rows = (part[:, None] for part in (query, key, value))
+        return causal_attention.causal_attention(*rows, cu_seqlens, scale=scale, window=window, chunk=chunk, sinks=sinks)[:, 0]
     lengths = cu_seqlens.diff().tolist()
     parts = [part.transpose(0, 1) for part in (query, key, value)]
     rows = zip(*(part.split(lengths, dim=1) for part in parts))

@@ -18,6 +18,7 @@ from mswift.families.base import AttentionStyle
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.packed import PackedRows
 from mswift.families.modules.rotary import rotate
+from mswift.kernels import causal_attention
 from mswift.kernels.packed_attention import packed_attention, written_out
 from mswift.runtime.precision import widen
 
@@ -87,6 +88,9 @@ class SdpaAttention(MegatronModule):
             return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
         sq, batch, heads, _ = query.shape
         sk, _, groups, _ = key.shape
+        if attention_mask is None and sq == sk and causal_attention.usable(query, key, value, softcap=self.softcap, dropout_p=self._dropout):
+            limits: dict[str, Any] = {"window": self.window, "chunk": self.chunk, "sinks": self.softmax_offset}
+            return causal_attention.causal_attention(query, key, value, scale=self.scale, **limits).flatten(2)
         q, k, v = (widen(t).permute(1, 2, 0, 3) for t in (query, key, value))
         # SDPA's own causal flag says all that there is to say of a plain square, and one query at the end sees everything
         plain = attention_mask is None and sk <= self._span(sk) and sq in (1, sk)

@@ -1,4 +1,4 @@
-// The part of attention_tiles.cpp that depends on the type of values, MSWIFT_VALUE.
+// The part of attention_tiles.cpp that depends on the type of values, MSWIFT_VALUE; included there for each of them.
 
 void weights_tile(const float* scores, int columns, float scale, const Seen* seen, Running& running, MSWIFT_VALUE* p) {
   for (int r = 0; r < kTile; r++) {
