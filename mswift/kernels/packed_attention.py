@@ -6,6 +6,8 @@ it is plain torch: one call of scaled_dot_product_attention for each row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,8 +41,8 @@ def packed_attention(
         ``[t, heads, dv]`` in the dtype of `query`.
     """
     if causal_attention.usable(query, key, value, softcap=softcap, dropout_p=dropout_p):
-        rows = (part[:, None] for part in (query, key, value))
-        return causal_attention.causal_attention(*rows, cu_seqlens, scale=scale, window=window, chunk=chunk, sinks=sinks)[:, 0]
+        limits: dict[str, Any] = {"scale": scale, "window": window, "chunk": chunk, "sinks": sinks}
+        return causal_attention.causal_attention(query[:, None], key[:, None], value[:, None], cu_seqlens, **limits)[:, 0]
     lengths = cu_seqlens.diff().tolist()
     parts = [part.transpose(0, 1) for part in (query, key, value)]
     rows = zip(*(part.split(lengths, dim=1) for part in parts))

@@ -46,9 +46,9 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], window: in
     return torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1)[..., :s], v)
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """Relative, in the 2-norm; where nothing is wanted, absolute."""
-    return float(((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-3)).detach())
+def distance(found: Tensor, wanted: Tensor, floor: float = 1e-3) -> float:
+    """In the 2-norm, relative to what is wanted, or to `floor` if that is more."""
+    return float(((found.double() - wanted).norm() / wanted.norm().clamp(min=floor)).detach())
 
 
 def check(
@@ -68,9 +68,9 @@ def check(
     found = torch.autograd.grad(ours, inputs[:trained], pull)
     expected = torch.autograd.grad(wanted, exact[:trained], pull.double())
     assert distance(ours, wanted) < LIMITS[dtype]
-    # in bf16 d score = p * (dp - delta) takes the difference of rounded numbers, of which little is left where one weight is near 1
-    limit = 2 * LIMITS[dtype] if dtype == torch.float32 else 5 * LIMITS[dtype]
-    assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < limit
+    # d score = p * (dp - delta) takes the difference of rounded numbers, of which nothing is left where one weight is near 1: in one or two tokens
+    floor = 0.3 * float(max(part.norm() for part in expected))
+    assert max(distance(*pair, floor) for pair in zip(found, expected, strict=True)) < 2 * LIMITS[dtype]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
