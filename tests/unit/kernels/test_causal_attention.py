@@ -70,7 +70,7 @@ def check(
     assert distance(ours, wanted) < LIMITS[dtype]
     # d score = p * (dp - delta) takes the difference of rounded numbers, of which nothing is left where one weight is near 1: in one or two tokens
     floor = 0.3 * float(max(part.norm() for part in expected))
-    assert max(distance(*pair, floor) for pair in zip(found, expected, strict=True)) < 2 * LIMITS[dtype]
+    assert max(distance(*pair, floor) for pair in zip(found, expected, strict=True)) < (2 if dtype == torch.float32 else 4) * LIMITS[dtype]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
