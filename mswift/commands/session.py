@@ -50,7 +50,6 @@ def check(config: Config, world: int) -> None:
 
     directory = local_model(config.model.model)
     layout = ParallelLayout(world=world, **config.parallel.sizes())
-    _check_axes(layout)
     if directory is not None:
         sizes = check_model(directory, config.model)
         if not isinstance(config, ExportConfig):
@@ -154,11 +153,6 @@ def check_writable(folder: Path, flag: str) -> None:
         raise ConfigError(f"{flag} {folder}: {existing} cannot be written to ({error.strerror}); give another folder, or mend this one") from None
 
 
-def _check_axes(layout: ParallelLayout) -> None:
-    if layout.cp > 1:
-        raise ConfigError(f"context parallelism is not supported yet, got cp({layout.cp}); use 1")
-
-
 @contextmanager
 def open_session(directory: Path, parallel: ParallelSection, runtime_section: RuntimeSection) -> Iterator[Session]:
     """Choose the device and join the other processes; leave them when the block ends.
@@ -176,7 +170,6 @@ def open_session(directory: Path, parallel: ParallelSection, runtime_section: Ru
     init_processes(runtime, backend=runtime_section.ddp_backend, timeout_s=runtime_section.ddp_timeout)
     try:
         layout = ParallelLayout(world=dist.get_world_size(), **parallel.sizes())
-        _check_axes(layout)
         yield Session(directory, runtime, make_groups(layout))
     finally:
         leave_processes()

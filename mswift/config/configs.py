@@ -263,7 +263,9 @@ class InferConfig(Config):
     infer: InferSection = field(default_factory=InferSection)
 
     def faults(self) -> Iterator[str]:
-        return _common_faults(self.model, self.parallel)
+        yield from _common_faults(self.model, self.parallel)
+        if self.parallel.context_parallel_size > 1:
+            yield f"--context_parallel_size is {self.parallel.context_parallel_size}, wanted 1: new tokens come one at a time"
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from _idle_parallel(self.parallel)

@@ -6,6 +6,7 @@ deal them out. A different number of ranks therefore trains on the same micro ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,7 +17,8 @@ import torch
 
 from mswift.data.encoded import TokenRows
 from mswift.data.packing import PackIndex
-from mswift.errors import DataError
+from mswift.errors import ConfigError, DataError
+from mswift.parallel.context import chunks_of
 
 IGNORED_LABEL = -100
 
@@ -49,6 +51,30 @@ class MicroBatch:
         """The same with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "weights", "position_ids")}
         return replace(self, **tensors)
+
+    def share(self, rank: int, size: int, multiple: int = 1) -> MicroBatch:
+        """A context-parallel rank's columns of all tensors, in two chunks (`mswift.parallel.context`), after padding on the right.
+
+        Args:
+            multiple: of which the columns of a rank are one.
+
+        Raises:
+            ConfigError: rows lie end to end.
+        """
+        if size == 1:
+            return self
+        if self.cu_seqlens is not None:
+            raise ConfigError(f"rows end to end (packing, padding_free) with context parallelism cp({size}) are not supported yet; use one of them")
+        width = self.input_ids.shape[1]
+        unit = size * math.lcm(2, multiple)
+        padding = -width % unit
+        fill = {"input_ids": 0, "labels": IGNORED_LABEL, "weights": 0.0, "position_ids": 0}
+
+        def cut(tensor: torch.Tensor, value: float) -> torch.Tensor:
+            chunks = torch.nn.functional.pad(tensor, (0, padding), value=value).chunk(2 * size, dim=1)
+            return torch.cat([chunks[chunk] for chunk in chunks_of(rank, size)], dim=1)
+
+        return replace(self, **{name: cut(getattr(self, name), value) for name, value in fill.items()})
 
 
 class Batches:

@@ -128,10 +128,11 @@ class MegatronEngine:
         iterators: Any = [iter(batches) for _ in self.chunks]
 
         def forward_step(batch_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
-            batch = next(batch_iterator).to(self.device)
-            torch.manual_seed(micro_batch_seed(self.seed, step, batch.index))
+            whole = next(batch_iterator).to(self.device)
+            batch, width = self._share(whole), whole.input_ids.shape[1]
+            torch.manual_seed(micro_batch_seed(self.seed, step, batch.index * self.groups.layout.cp + self.groups.coords.cp))
             packed = None if batch.cu_seqlens is None else packed_rows(batch.cu_seqlens, self.device)
-            output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
+            output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed, rotary_length=width)
             return output, functools.partial(self._loss, batch, objective)
 
         return self._schedule(
@@ -143,6 +144,11 @@ class MegatronEngine:
             micro_batch_size=batches[0].input_ids.shape[0],
             forward_only=forward_only,
         )
+
+    def _share(self, batch: MicroBatch) -> MicroBatch:
+        """This context-parallel rank's tokens."""
+        layout = self.groups.layout
+        return batch.share(self.groups.coords.cp, layout.cp, layout.tp if self.config.sequence_parallel else 1)
 
     def _loss(self, batch: MicroBatch, objective: Objective, log_probs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         out = objective.loss(Outputs(log_probs=log_probs), batch)
@@ -156,7 +162,7 @@ class MegatronEngine:
         self._sum_shared_adapter_factors()
         weight = self._weight.clone()
         dist.all_reduce(weight, group=self.groups.pp)  # only the last stage has seen it
-        dist.all_reduce(weight, group=self.groups.dp)
+        dist.all_reduce(weight, group=self.groups.collection.dp_cp)
         if weight > 0:
             for chunk in chunks:
                 chunk.scale_gradients(1.0 / float(weight))
@@ -176,7 +182,7 @@ class MegatronEngine:
                     part.copy_(whole.view_as(part))
 
     def _sum_over_world(self, figures: list[dict[str, Tensor]]) -> tuple[float, float]:
-        """(total, weight) over the global batch: each data-parallel rank's last stage counts once."""
+        """(total, weight) over the global batch: the last stage of each data- and context-parallel rank counts once."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         if self.groups.is_last_stage and self.groups.coords.tp == 0:
             for figure in figures:

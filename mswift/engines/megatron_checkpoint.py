@@ -79,7 +79,7 @@ def write_checkpoint(
             check_target(directory, exist_ok)
             begin_draft(directory, _identity(model), resume)
             written = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
-            check_space(draft, int(own) // model.groups.layout.dp - written)
+            check_space(draft, int(own) // (model.groups.layout.dp * model.groups.layout.cp) - written)
 
     agree(attempt(begin), f"writing {directory}")
     writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model.ensure, progress)

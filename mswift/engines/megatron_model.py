@@ -31,7 +31,7 @@ from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
 from mswift.families.fields import describe_checked
 from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, transformer_config
-from mswift.families.modules import CausalLM, packed_rows
+from mswift.families.modules import CausalLM, SharedSequence, packed_rows
 from mswift.parallel.groups import Groups
 from mswift.runtime.device import Runtime
 from mswift.tuners.lora import Adapter, LoraSettings, lora_modules
@@ -148,13 +148,16 @@ class MegatronModel:
         Args:
             cu_seqlens: where each row begins if `input_ids` ``[1, t]`` are rows end to end; see `MicroBatch`.
         """
-        positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape).to(self.runtime.device)
-        ids = input_ids.to(self.runtime.device)
-
+        sequence, width = SharedSequence(self.groups.collection.cp), input_ids.shape[1]
+        multiple = 2 * sequence.size * self.groups.layout.tp if sequence.size > 1 else 1
+        padded = torch.nn.functional.pad(input_ids, (0, -width % multiple)).to(self.runtime.device)
+        positions = sequence.take(torch.arange(padded.shape[1], device=padded.device).expand(padded.shape), 1)
+        ids, length = sequence.take(padded, 1), None if cu_seqlens is not None else width
         packed = None if cu_seqlens is None else packed_rows(cu_seqlens, self.runtime.device)
 
         def forward_step(_batches: Any, chunk: CausalLM) -> tuple[torch.Tensor, Any]:
-            return chunk(ids, positions, None, runtime_gather_output=True, packed_seq_params=packed), lambda logits, non_loss_data: logits
+            logits = chunk(ids, positions, None, runtime_gather_output=True, packed_seq_params=packed, rotary_length=length)
+            return logits, lambda logits, non_loss_data: logits
 
         for chunk in self.chunks:
             chunk.eval()
@@ -169,7 +172,10 @@ class MegatronModel:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        return found[0][..., : self.description.vocab_size].float() if found else None
+        if not found:
+            return None
+        logits = found[0][..., : self.description.vocab_size].float()
+        return logits if sequence.size == 1 else sequence.whole(logits.transpose(0, 1)).transpose(0, 1)[:, :width]
 
     def add_lora(self, settings: LoraSettings) -> list[str]:
         """Freeze the base and wrap the target layers; returns their global names. Collective.
@@ -230,7 +236,8 @@ class MegatronModel:
     def _export_groups(self) -> ExportGroups:
         layout, coords = self.groups.layout, self.groups.coords
         tp_group = self.groups.tp if layout.tp > 1 else None
-        spreads: dict[Axis, Spread] = {"tp": Spread(tp_group, coords.tp, layout.tp, coords.pp, layout.pp, coords.dp, layout.dp)}
+        replica = coords.dp * layout.cp + coords.cp
+        spreads: dict[Axis, Spread] = {"tp": Spread(tp_group, coords.tp, layout.tp, coords.pp, layout.pp, replica, layout.dp * layout.cp)}
         if layout.ep > 1:
             here = layout.expert_coords(self.groups.rank)
             place = {"place": coords.pp * layout.ep + here.ep, "num_places": layout.pp * layout.ep}

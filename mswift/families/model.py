@@ -40,6 +40,7 @@ from mswift.families.modules import (
     RotaryTables,
     SdpaAttention,
     SharedExperts,
+    SharedSequence,
     StyledRouter,
 )
 from mswift.families.te_names import fused_norms
@@ -195,7 +196,9 @@ def build_model(description: MegatronDescription, config: TransformerConfig, gro
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-        model.rotary_pos_emb = RotaryTables(description.attention.rotations, model.rotary_pos_emb.inv_freq.device)
+        model.rotary_pos_emb = RotaryTables(
+            description.attention.rotations, model.rotary_pos_emb.inv_freq.device, SharedSequence(groups.collection.cp)
+        )
         _mark_partitions(model)
         chunks.append(model)
     return chunks

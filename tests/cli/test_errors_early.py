@@ -346,11 +346,6 @@ def batch_that_does_not_divide(lab: Lab) -> Words:
     return lab.sft("--micro_batch_size", "3")
 
 
-@case("context parallelism is not supported yet, got cp(2)", "use 1", NPROC_PER_NODE="2")
-def context_parallelism(lab: Lab) -> Words:
-    return lab.sft("--context_parallel_size", "2")
-
-
 @case("RANK is 'x' in the environment, wanted a whole number", RANK="x")
 def rank_that_is_no_number(lab: Lab) -> Words:
     return lab.sft()

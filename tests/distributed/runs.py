@@ -24,6 +24,7 @@ class Run:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    cp: int = 1
     ep: int = 1
     etp: int | None = None
     split: PipelineSplit = EVEN
@@ -49,7 +50,7 @@ def open_model(run: Run, world: int, *, deferred: bool = False) -> Any:
     from mswift.tuners.lora import LoraSettings
 
     runtime = select("cpu")
-    groups = make_groups(ParallelLayout(world=world, tp=run.tp, pp=run.pp, vpp=run.vpp, ep=run.ep, etp=run.etp, split=run.split))
+    groups = make_groups(ParallelLayout(world=world, tp=run.tp, pp=run.pp, vpp=run.vpp, cp=run.cp, ep=run.ep, etp=run.etp, split=run.split))
     settings = BuildSettings(run.checkpoint, dtype=run.dtype, sequence_parallel=run.sequence_parallel, deferred=deferred, transformer=run.transformer)
     model = MegatronModel(settings, groups, runtime)
     if run.lora is not None:

@@ -25,7 +25,7 @@ What is compared: a tiny random model of every variant, unequal dimensions, no t
 the largest difference of a logit over all variants, and of the loss relative to it. The tests (`tests/parity`, `tests/distributed`) also compare
 the gradient of every tensor (1e-4), adapters in `peft`, greedy answers, and the bits of every tensor after Hugging Face -> Megatron -> Hugging Face.
 
-Not supported in any of them: fp16 weights, context parallelism, dropout other than in attention. Rotary types:
+Not supported in any of them: fp16 weights, dropout other than in attention. Rotary types:
 default, linear, llama3, yarn, dynamic, longrope (the length of the prompt decides for the whole answer), partial, interleaved, one a layer type.
 Layers that predict further ahead (MTP) are left out, which is said. In training, routers of phimoe choose as in evaluation: no jitter, no sampling.
 

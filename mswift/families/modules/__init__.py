@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mswift.families.modules.attention import DecoderAttention, SdpaAttention
 from mswift.families.modules.causal_lm import CausalLM
+from mswift.families.modules.context import SharedSequence
 from mswift.families.modules.delta_net import DeltaNet
 from mswift.families.modules.latent import LatentAttention
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
@@ -29,6 +30,7 @@ __all__ = [
     "RotaryTables",
     "SdpaAttention",
     "SharedExperts",
+    "SharedSequence",
     "StyledRouter",
     "packed_rows",
 ]

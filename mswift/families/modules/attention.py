@@ -13,8 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from mswift.errors import ConfigError
 from mswift.families.base import AttentionStyle
+from mswift.families.modules.context import SharedSequence
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.packed import PackedRows
 from mswift.families.modules.rotary import rotate
@@ -42,14 +42,13 @@ class SdpaAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ConfigError(f"context parallelism {config.context_parallel_size} is not supported by the SDPA core attention; use 1")
         self.layer_number = layer_number
         self.scale = softmax_scale or config.softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window, self.softcap = _window_of_layer(config, layer_number), softcap
         self.chunk = None if chunk_of_layer is None else chunk_of_layer[layer_number - 1]
         self.softmax_offset = self._sinks(pg_collection.tp.size()) if sinks else None
+        self.sequence = SharedSequence(None if pg_collection is None else pg_collection.cp)
 
     def _sinks(self, tp: int) -> nn.Parameter:
         """``[heads here]``, under the name that megatron's own core attention gives it."""
@@ -80,12 +79,21 @@ class SdpaAttention(MegatronModule):
             attention_mask: bool ``[b or 1, 1, sq, sk]``, True = hidden, on top of the causal mask; None: nothing more is hidden. Where attention
                 goes by chunks, what is hidden from the last query is padding on the left, and chunks begin behind it.
             packed_seq_params: rows lie end to end; then query is ``[t, heads, dim]``, key and value ``[t, groups, dim]``, and there is no mask.
+                Over context-parallel ranks all three are this rank's share of the sequence, without a mask, and rows do not lie end to end.
 
         Returns:
             ``[sq, b, heads * dim]``, or ``[t, heads * dim]``.
         """
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+        if self.sequence.size == 1:
+            return self._suffix(query, key, value, attention_mask)
+        key, value = self.sequence.whole(torch.cat((key, value), dim=-1)).split([key.shape[-1], value.shape[-1]], dim=-1)
+        size = query.shape[0] // 2
+        ends = [(chunk + 1) * size for chunk in self.sequence.chunks]
+        return torch.cat([self._suffix(part, key[:end], value[:end], None) for part, end in zip(query.chunk(2), ends)])
+
+    def _suffix(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         sq, batch, heads, _ = query.shape
         sk, _, groups, _ = key.shape
         if attention_mask is None and sq == sk and causal_attention.usable(query, key, value, softcap=self.softcap, dropout_p=self._dropout):
@@ -168,7 +176,8 @@ class RotatedAttention(Attention):
         if self.style.norm_last:
             query, key = self.rotated_q_layernorm(query), self.rotated_k_layernorm(key)
         if self.style.query_factor is not None and self.has_factor:
-            positions = torch.arange(start, start + query.shape[0], device=query.device) if self._packed is None else self._packed.positions
+            here = self.core_attention.sequence.places(query.shape[0], query.device)
+            positions = start + here if self._packed is None else self._packed.positions
             positions = positions[:, None]
             positions = positions if padding is None else (positions - padding).clamp(min=0)
             query = query * self.style.query_factor(positions).to(query.dtype)[:, :, None, None]

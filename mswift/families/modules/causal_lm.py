@@ -30,9 +30,16 @@ class CausalLM(GPTModel):
             self.output_layer.bias = nn.Parameter(torch.empty(self.output_layer.output_size_per_partition, **like))
             set_tensor_model_parallel_attributes(self.output_layer.bias, True, 0, 1)
 
-    def forward(self, *args: Any, inference_context: Any = None, packed_seq_params: PackedRows | None = None, **kwargs: Any) -> Tensor:
-        """As GPTModel; in answering it is the prompt that decides which rotary frequencies hold, and in packed rows each row."""
-        self.rotary_pos_emb.length = None if inference_context is None else inference_context.rotary_length
+    def forward(
+        self,
+        *args: Any,
+        inference_context: Any = None,
+        packed_seq_params: PackedRows | None = None,
+        rotary_length: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As GPTModel; in answering it is the prompt that decides which rotary frequencies hold, in packed rows each row, else `rotary_length`."""
+        self.rotary_pos_emb.length = rotary_length if inference_context is None else inference_context.rotary_length
         self.rotary_pos_emb.packed = packed_seq_params
         return super().forward(*args, inference_context=inference_context, packed_seq_params=packed_seq_params, **kwargs)
 

@@ -9,6 +9,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor, nn
 
 from mswift.families.base import Rotation
+from mswift.families.modules.context import SharedSequence
 from mswift.families.modules.packed import PackedRows
 
 _MAX_TABLES = 32
@@ -19,9 +20,9 @@ class RotaryTables(nn.Module):
 
     get_rotary_seq_len = RotaryEmbedding.get_rotary_seq_len
 
-    def __init__(self, rotations: tuple[Rotation, ...], device: torch.device) -> None:
+    def __init__(self, rotations: tuple[Rotation, ...], device: torch.device, sequence: SharedSequence) -> None:
         super().__init__()
-        self.rotations, self.device = rotations, device
+        self.rotations, self.device, self.sequence = rotations, device, sequence
         self.length: int | None = None
         self.packed: PackedRows | None = None
         self._known: dict[tuple[int, ...], Tensor] = {}
@@ -31,11 +32,12 @@ class RotaryTables(nn.Module):
 
         Where frequencies depend on the length of the sequence that is `length` if it is set (a prompt: the room for its answer does not
         count), else `max_seq_len`. Where rows are `packed` there is an entry for each token, after its place in its row and by the length of
-        this row.
+        this row; where a sequence is spread over context-parallel ranks, an entry for each token here.
         """
         if self.packed is not None:
             return self._packed_table(self.packed)
-        return self._tables(max_seq_len, self.length or max_seq_len)
+        tables = self._tables(max_seq_len, self.length or max_seq_len)
+        return tables if self.sequence.size == 1 else tables[:, :, self.sequence.places(max_seq_len // self.sequence.size, tables.device)]
 
     def _packed_table(self, packed: PackedRows) -> Tensor:
         if all(rotation.limit is None or packed.max_seqlen_q <= rotation.limit for rotation in self.rotations):

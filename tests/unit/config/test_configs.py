@@ -140,6 +140,10 @@ def sft(**flat: Any) -> SftConfig:
             sft(tuner_type="full", adapters=["a"]),
             "--adapters needs --tuner_type lora; to train every weight, merge the adapter first (mswift merge-lora)",
         ),
+        (
+            InferConfig.from_flat({"model": "m", "context_parallel_size": 2}),
+            "--context_parallel_size is 2, wanted 1: new tokens come one at a time",
+        ),
         (sft(adapters=["a", "b"]), "--adapters: got 2 adapters, wanted one to go on training"),
         (sft(target_modules=[]), "--target_modules is empty, wanted all-linear or names of layers"),
         (sft(min_lr=1.0), "--min_lr 1 is above the learning rate 0.0001; make it smaller"),
