@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +75,8 @@ class MicroBatch:
             chunks = torch.nn.functional.pad(tensor, (0, padding), value=value).chunk(2 * size, dim=1)
             return torch.cat([chunks[chunk] for chunk in chunks_of(rank, size)], dim=1)
 
-        return replace(self, **{name: cut(getattr(self, name), value) for name, value in fill.items()})
+        shares: dict[str, Any] = {name: cut(getattr(self, name), value) for name, value in fill.items()}
+        return replace(self, **shares)
 
 
 class Batches:
