@@ -1,0 +1,91 @@
+// Gated activations: one pass over gate and up forward, one over gate, up and the gradient backward.
+#include "device.cuh"
+#include "mswift_cuda.h"
+
+namespace {
+constexpr int THREADS = 256;
+enum Kind { SILU, GELU_TANH, GELU_ERF, CLAMPED };
+
+struct Gated {
+  const void *gate, *up, *dy;
+  void *y, *dgate, *dup;
+  int64_t rows, cols, stride;
+  float limit, alpha;
+  int kind;
+  bool wide;
+};
+
+__device__ __forceinline__ float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
+
+// value of the activation and its slope
+__device__ __forceinline__ void activate(const Gated& g, float x, float& value, float& slope) {
+  if (g.kind == SILU) {
+    const float s = sigmoid(x);
+    value = x * s, slope = s + x * s * (1.0f - s);
+  } else if (g.kind == GELU_TANH) {
+    const float t = tanhf(0.7978845608f * (x + 0.044715f * x * x * x));
+    value = 0.5f * x * (1.0f + t), slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+  } else if (g.kind == GELU_ERF) {
+    const float share = 0.5f * (1.0f + erff(x * 0.7071067812f));
+    value = x * share, slope = share + x * 0.3989422804f * fast_exp(-0.5f * x * x);
+  } else {
+    const float c = fminf(x, g.limit), s = sigmoid(g.alpha * c);
+    value = c * s, slope = x > g.limit ? 0.0f : s + g.alpha * c * s * (1.0f - s);
+  }
+}
+
+// what multiplies the activation, and its slope
+__device__ __forceinline__ float multiplier(const Gated& g, float up, float& slope) {
+  if (g.kind != CLAMPED) return slope = 1.0f, up;
+  slope = fabsf(up) > g.limit ? 0.0f : 1.0f;
+  return fminf(fmaxf(up, -g.limit), g.limit) + 1.0f;
+}
+
+template <class T, bool BACKWARD> __global__ void __launch_bounds__(THREADS) gated(const Gated g) {
+  constexpr int P = Pack<T>::SIZE;
+  const int64_t packs = (g.cols + P - 1) / P, index = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (index >= packs * g.rows - (FAULT(5) ? 1 : 0)) return;
+  const int64_t row = index / packs, at = index % packs * P;
+  float gate[P], up[P], dy[P], out[P];
+  load_pack(gate, static_cast<const T*>(g.gate) + row * g.stride, at, g.cols, g.wide);
+  load_pack(up, static_cast<const T*>(g.up) + row * g.stride, at, g.cols, g.wide);
+  if (BACKWARD) load_pack(dy, static_cast<const T*>(g.dy) + row * g.cols, at, g.cols, g.wide);
+#pragma unroll
+  for (int i = 0; i < P; i++) {
+    float value, slope, up_slope;
+    activate(g, gate[i], value, slope);
+    const float factor = multiplier(g, up[i], up_slope);
+    out[i] = BACKWARD ? dy[i] * factor * slope : value * factor;
+    if (BACKWARD) up[i] = dy[i] * value * up_slope;
+  }
+  if (BACKWARD) {
+    store_pack(out, static_cast<T*>(g.dgate) + row * g.stride, at, g.cols, g.wide);
+    store_pack(up, static_cast<T*>(g.dup) + row * g.stride, at, g.cols, g.wide);
+  } else {
+    store_pack(out, static_cast<T*>(g.y) + row * g.cols, at, g.cols, g.wide);
+  }
+}
+
+template <class T, bool BACKWARD> int run(Gated g, void* stream) {
+  constexpr int P = Pack<T>::SIZE;
+  const int64_t packs = (g.cols + P - 1) / P * g.rows;
+  if (packs == 0) return 0;
+  g.wide = wide_rows<T>(g.gate, g.stride) && wide_rows<T>(g.up, g.cols) && wide_rows<T>(g.dy, 0) && wide_rows<T>(g.y, 0) && wide_rows<T>(g.dgate, 0) &&
+           wide_rows<T>(g.dup, 0);
+  if (FAULT(6)) g.wide = true;
+  const dim3 grid(static_cast<unsigned>((packs + THREADS - 1) / THREADS));
+  return launch(gated<T, BACKWARD>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), g);
+}
+}  // namespace
+
+extern "C" int mswift_gated_forward(int dtype, int kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float limit,
+                                    float alpha, void* stream) {
+  const Gated g{gate, up, nullptr, y, nullptr, nullptr, rows, cols, stride, limit, alpha, kind, false};
+  return dtype == 1 ? run<bf16, false>(g, stream) : run<float, false>(g, stream);
+}
+
+extern "C" int mswift_gated_backward(int dtype, int kind, const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows, int64_t cols,
+                                     int64_t stride, float limit, float alpha, void* stream) {
+  const Gated g{gate, up, dy, nullptr, dgate, dup, rows, cols, stride, limit, alpha, kind, false};
+  return dtype == 1 ? run<bf16, true>(g, stream) : run<float, true>(g, stream);
+}

@@ -1,0 +1,130 @@
+// x W^T (or x W) with an adapter added in the same accumulators, for groups of rows. linear.cu holds the bf16 weights, quantised.cu the others.
+#pragma once
+#include "mswift_cuda.h"
+#include "tile.cuh"
+
+template <class B> struct Linear {
+  Changed x;
+  B weight;        // of the first group
+  Matrix low, up;  // the adapter, of the first group; rank 0: none
+  Dropout mask;    // of the adapter's product
+  const bf16* bias;
+  const float *column_scale, *row_keep, *row_factor;
+  const int64_t* offsets;
+  void* out;
+  int64_t rows, n, k, weight_stride, up_stride;
+  int groups;
+  float alpha;
+  bool wide_out, accumulate;
+};
+
+__device__ __forceinline__ void move_on(Plain& operand, int64_t elements) { operand.m.p += elements; }
+__device__ __forceinline__ void move_on(Quantised& operand, int64_t elements) {
+  operand.codes += operand.block ? elements / 2 : elements;
+  operand.scales += operand.block ? elements / operand.block : elements / operand.cols;
+}
+
+// The group and the rows of the tile-th tile of BM rows, counted over all groups; end 0: there is none.
+struct Where {
+  int64_t begin, end;
+  int group;
+};
+template <int BM> __device__ __forceinline__ Where locate(const int64_t* offsets, int groups, int64_t rows, int64_t tile) {
+  if (offsets == nullptr) return Where{tile * BM, rows, 0};
+  int64_t first = load(offsets);
+  for (int g = 0; g < groups; g++) {
+    const int64_t last = load(offsets + g + 1), tiles = (last - first + BM - 1) / BM;
+    if (tile < tiles) return Where{first + tile * BM, last, FAULT(14) && g ? g - 1 : g};
+    tile -= tiles;
+    first = last;
+  }
+  return Where{0, 0, 0};
+}
+
+template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::THREADS, 2) linear(const Linear<B> l) {
+  DYNAMIC_SHARED(Chunk, stages, S::STAGE * STAGES);
+  const Where where = locate<S::BM>(l.offsets, l.groups, l.rows, blockIdx.x);
+  if (where.begin >= where.end) return;
+  const int64_t n0 = static_cast<int64_t>(blockIdx.y) * (S::BN - (FAULT(20) ? 2 : 0));
+  Tile<S> acc = {};
+  if (l.low.cols) {
+    Plain low{l.low}, up{l.up};
+    low.m.rows = where.end;
+    up.m.p += where.group * l.up_stride;
+    multiply<S, false, COLUMNS>(acc, stages, low, up, where.begin, n0, 0, l.low.cols);
+    if (l.mask.threshold) {
+#pragma unroll
+      for (int i = 0; i < S::MF; i++)
+#pragma unroll
+        for (int j = 0; j < S::NF; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) acc[i][j][e] *= dropout_factor(l.mask, where.begin + row_of<S>(i, e), n0 + column_of<S>(j, e));
+    }
+  }
+  if (l.k) {
+    Changed x = l.x;
+    x.m.rows = where.end;
+    B weight = l.weight;
+    move_on(weight, where.group * l.weight_stride);
+    multiply<S, false, COLUMNS>(acc, stages, x, weight, where.begin, n0, 0, l.k);
+  }
+#pragma unroll
+  for (int i = 0; i < S::MF; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int64_t row = where.begin + row_of<S>(i, half * 2);
+      if (row >= where.end) continue;
+      const float keep = l.row_keep ? load(l.row_keep + row) : 1.0f, factor = l.row_factor ? load(l.row_factor + row) : 1.0f;
+#pragma unroll
+      for (int j = 0; j < S::NF; j++) {
+        const int64_t column = n0 + column_of<S>(j, 0);
+        float value[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          value[e] = l.alpha * acc[i][j][half * 2 + e];
+          if (column + e < l.n && l.column_scale) value[e] *= load(l.column_scale + column + e);
+          if (column + e < l.n && l.bias) value[e] += widen(load(l.bias + column + e));
+          float* out = static_cast<float*>(l.out) + row * l.n + column + e;
+          if (l.wide_out && column + e < l.n) store(out, factor * value[e] + (l.accumulate ? keep * load_again(out) : 0.0f));
+        }
+        if (!l.wide_out) store_pair(static_cast<bf16*>(l.out) + row * l.n, column, l.n, value[0], value[1], l.n % 2 == 0);
+      }
+    }
+}
+
+inline Dropout dropout(const mswift_dropout& d) {
+  return Dropout{d.seed, d.first_row, d.first_column, d.full_width, d.threshold, 256.0f / (256.0f - static_cast<float>(d.threshold))};
+}
+
+template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_args& a, const B& weight, void* stream) {
+  const int64_t rank = a.low ? a.rank : 0, k = a.weight ? a.k : 0, groups = a.offsets ? a.groups : 1;
+  Linear<B> l{Changed{matrix(a.x, a.rows, k, a.x_stride), dropout(a.x_dropout), a.x_column_scale},
+                    weight,
+                    matrix(a.low, a.rows, rank, rank),
+                    COLUMNS ? matrix(a.up, rank, a.n, a.n) : matrix(a.up, a.n, rank, rank),
+                    dropout(a.adapter_dropout),
+                    static_cast<const bf16*>(a.bias),
+                    a.column_scale,
+                    a.row_keep,
+                    a.row_factor,
+                    a.offsets,
+                    a.out,
+                    a.rows,
+                    a.n,
+                    k,
+                    a.weight_stride,
+                    a.up_stride,
+                    static_cast<int>(groups),
+                    a.alpha,
+                    a.accumulate != 0,
+                    a.accumulate == 1};
+  l.up.wide = l.up.wide && a.up_stride % 8 == 0;
+  // An upper bound of the tiles: every group may end within one. Blocks without a tile leave at once.
+  const int64_t tiles = (a.rows + S::BM - 1) / S::BM + (a.offsets ? groups : 0), across = (a.n + S::BN - 1) / S::BN;
+  if (a.rows == 0 || a.n == 0) return 0;
+  if (tiles > 0x7fffffff || across > 65535) return MSWIFT_UNSUPPORTED;
+  return launch(linear<S, COLUMNS, B>, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(across)), dim3(S::THREADS), S::BYTES,
+                static_cast<Stream>(stream), l);
+}
+
+int run_quantised(const mswift_linear_args& args, void* stream);

@@ -1,0 +1,126 @@
+/* The C interface of libmswift_cuda.so. Pointers are to device memory, sizes in elements, `stream` is a cudaStream_t.
+ * Every function returns 0 or the cudaError_t of its launches (a kernel's own faults show at the next synchronisation, as always in CUDA),
+ * or MSWIFT_UNSUPPORTED for sizes that it does not do. dtype: 0 fp32, 1 bf16. Nothing is allocated and nothing is synchronised. */
+#ifndef MSWIFT_CUDA_H
+#define MSWIFT_CUDA_H
+#include <stdint.h>
+
+#define MSWIFT_UNSUPPORTED (-1)
+#define MSWIFT_NORM_BLOCKS 256 /* rows of the fp32 workspaces `partial` below, times `cols` */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+const char* mswift_cuda_error(int code); /* what a returned code means */
+
+/* y = (x + residual) rstd (weight, or 1 + weight); residual and sum may be NULL. rstd: fp32 [rows]. */
+int mswift_rms_norm_forward(int dtype, const void* x, const void* residual, const void* weight, void* y, void* sum, float* rstd, int64_t rows, int64_t cols,
+                            float eps, int zero_centred, void* stream);
+/* dx of the norm plus dsum (may be NULL); dweight fp32 [cols]. partial: fp32 [MSWIFT_NORM_BLOCKS, cols]. */
+int mswift_rms_norm_backward(int dtype, const void* dy, const void* dsum, const void* x, const void* weight, const float* rstd, void* dx, float* partial,
+                             float* dweight, int64_t rows, int64_t cols, int zero_centred, void* stream);
+
+/* y = act(gate) up. kind: 0 silu, 1 gelu (tanh), 2 gelu (erf), 3 gpt-oss: min(gate, limit) sigmoid(alpha gate) (clamp(up, +-limit) + 1).
+ * Rows of gate and up are `stride` apart, those of y are dense. */
+int mswift_gated_forward(int dtype, int kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float limit, float alpha,
+                         void* stream);
+int mswift_gated_backward(int dtype, int kind, const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows, int64_t cols,
+                          int64_t stride, float limit, float alpha, void* stream);
+
+/* Rotation of the first `rotary` of `dim` elements of every head; x and out may be one (then only those are touched). sign: 1 forward, -1 backward.
+ * cos, sin: fp32 [positions, rotary / 2]; positions: int64 [tokens] or NULL for 0, 1, ... Strides are those of x and of out. */
+int mswift_rope(int dtype, const void* x, void* out, const float* cosine, const float* sine, const int64_t* positions, int64_t tokens, int heads, int dim,
+                int rotary, int64_t token_stride, int64_t head_stride, int interleaved, int sign, void* stream);
+
+/* out[i] = x[index[i]], zeros where index is negative. */
+int mswift_gather_rows(int dtype, const void* x, const int64_t* index, void* out, int64_t rows, int64_t cols, void* stream);
+/* y[t] = sum_k weights[t, k] x[index[t, k]] in fp32; weights may be NULL (ones); negative index: nothing. */
+int mswift_combine_rows(int dtype, const void* x, const int64_t* index, const float* weights, void* y, int64_t tokens, int k, int64_t cols, void* stream);
+/* dx[index[t, k]] = weights[t, k] dy[t]; dweights[t, k] = <dy[t], x[index[t, k]]>. */
+int mswift_combine_rows_backward(int dtype, const void* dy, const void* x, const int64_t* index, const float* weights, void* dx, float* dweights, int64_t tokens,
+                                 int k, int64_t cols, void* stream);
+
+/* out[c] = sum_r a[r, c] b[r, c] (b may be NULL: ones), fp32; rows are `stride` apart; partial as above. */
+int mswift_column_sum(int dtype, const void* a, const void* b, float* partial, float* out, int64_t rows, int64_t cols, int64_t stride, void* stream);
+
+/* --- products, bf16 with fp32 sums ---
+ * A dropout mask (csrc/common/dropout.h): threshold 0 means none. Row i, column j here are first_row + i, first_column + j of the whole
+ * activation; columns at or beyond full_width are zeros. */
+typedef struct {
+  uint64_t seed;
+  int64_t first_row;
+  uint32_t first_column, full_width, threshold;
+} mswift_dropout;
+
+/* out[i, n] = alpha column_scale[n] (base + mask adapter)[i, n] + bias[n]
+ *   base = x weight^T, or x weight if `columns`;  adapter = low up^T, or low up if `columns` (low: [rows, rank]);  mask = 1 without dropout.
+ *   weight [n, k] ([k, n] if columns); up [n, rank] ([rank, n] if columns). weight, low, bias, column_scale may be NULL.
+ * Rows are those of `groups` groups one after another: offsets int64 [groups + 1] on the device, NULL for one group; the weight of group g
+ * starts g * weight_stride elements behind the first, up likewise (a stride of 0 shares it).
+ * weight_kind 0: bf16. 1: int8 with weight_scales fp32, one a row. 2: nf4, two codes a byte, weight_scales one for weight_block elements;
+ *   quantised weights are [n, k] ([k, n] if columns) with k (n) a multiple of 8, and group strides count elements too.
+ * x_dropout, x_column_scale [k]: done to x while it is read.   thin: the tile for n of at most 64.
+ * accumulate 0: out is bf16. 1: out is fp32 and out = row_keep[i] out + row_factor[i] (...) (NULL: ones). 2: out is fp32, out = row_factor[i] (...). */
+typedef struct {
+  const void *x, *weight, *low, *up, *bias;
+  const float *weight_scales, *column_scale, *x_column_scale, *row_keep, *row_factor;
+  const int64_t* offsets;
+  void* out;
+  int64_t rows, n, k, rank, x_stride, weight_stride, up_stride, groups;
+  mswift_dropout x_dropout, adapter_dropout;
+  float alpha;
+  int weight_kind, weight_block, columns, thin, accumulate;
+} mswift_linear_args;
+int mswift_linear(const mswift_linear_args* args, void* stream);
+
+/* out[g] = alpha a_g^T b_g over the rows of group g: a [rows, m], b [rows, n] -> [groups, m, n]; the gradient of a weight.
+ * splits > 1: that many parts of each group's rows, summed in order from partial, fp32 [splits, groups, m, n].
+ * out_dtype 0 fp32, 1 bf16; accumulate (fp32 only): out += ... */
+typedef struct {
+  const void *a, *b;
+  const int64_t* offsets;
+  void* out;
+  float* partial;
+  int64_t rows, m, n, a_stride, b_stride, groups;
+  mswift_dropout b_dropout;
+  const float* a_column_scale;
+  float alpha;
+  int splits, out_dtype, accumulate;
+} mswift_outer_args;
+int mswift_outer(const mswift_outer_args* args, void* stream);
+
+/* --- a vocabulary's head: logits z = softcap tanh(scale (x weight^T + bias) / softcap), never stored as a whole ---
+ * Rows `first`, `first` + 1, ... of the vocabulary are here; rows from `size` on are padding. labels are rows of the whole vocabulary; one
+ * that is not here is another rank's. softcap 0: none. bf16; bias may be NULL. */
+typedef struct {
+  const void *x, *weight, *bias;
+  const int64_t* labels;
+  int64_t tokens, hidden, vocab, first, size;
+  float scale, softcap;
+} mswift_head;
+
+/* Statistics of the logits that are here: fp32 [5, tokens]: maximum m, sum of exp(z - m), logit of the label (0 if not here),
+ * sum of exp(z - m) (z - m), sum of z. partial: fp32 [splits, 5, tokens]; splits: how many blocks share the vocabulary. */
+int mswift_head_statistics(const mswift_head* head, float* stats, float* partial, int splits, void* stream);
+/* The statistics of several parts (ranks of a group, gathered: fp32 [parts, 5, tokens]) as those of all. */
+int mswift_head_merge(const float* parts, float* stats, int64_t count, int64_t tokens, void* stream);
+/* Statistics and sum_v exp(z - reference) dz/dproduct weight[v] in one sweep over the vocabulary: acc fp32 [tokens, hidden], relative to
+ * reference fp32 [tokens]. A row's reference is the maximum so far; where a chunk of the vocabulary passes it by far, that chunk is done again.
+ * chunk: a multiple of 128. Workspaces: probabilities bf16 [tokens, chunk], partial fp32 [splits, 5, tokens], factors fp32 [2, tokens],
+ * flags int32 [ceil(tokens / 128)]. */
+int mswift_head_sweep(const mswift_head* head, float* stats, float* reference, float* acc, void* probabilities, int64_t chunk, float* partial, int splits,
+                      float* factors, int32_t* flags, void* stream);
+/* dx = scale (of_prob exp(reference - lse) acc + of_label slope(label logit) weight[label]), bf16; with reference NULL: dx = acc. */
+int mswift_head_finish(const mswift_head* head, const float* acc, const float* reference, const float* lse, const float* label_logit, const float* of_label,
+                       const float* of_prob, void* dx, void* stream);
+/* With dz = (of_label [label] + p (of_prob + of_entropy (z - lse)) + of_uniform) dz/dproduct, p = exp(z - lse), coefficients fp32 [4, tokens]
+ * in this order: dx_acc fp32 [tokens, hidden] (may be NULL) = dz weight; dweight [vocab, hidden] (may be NULL), fp32 or bf16, = dz^T x;
+ * dbias fp32 [vocab] (may be NULL). Workspaces: gradients bf16 [tokens, chunk]; sums fp32 [MSWIFT_NORM_BLOCKS + 1, chunk] if dbias. */
+int mswift_head_gradient(const mswift_head* head, const float* lse, const float* coefficients, void* gradients, int64_t chunk, float* dx_acc, void* dweight,
+                         int dweight_dtype, int accumulate, float* dbias, float* sums, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

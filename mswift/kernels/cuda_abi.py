@@ -1,0 +1,105 @@
+"""The C interface of ``csrc/cuda/mswift_cuda.h`` for ctypes. No torch here: the tests drive the same interface without it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+UNSUPPORTED = -1
+NORM_BLOCKS = 256
+DTYPES = {"float32": 0, "bfloat16": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "clamped": 3}
+BF16, INT8, NF4 = 0, 1, 2
+CHUNK = 128
+"""The vocabulary is worked on in multiples of so many rows, tokens in tiles of as many."""
+
+
+class Dropout(ctypes.Structure):
+    _fields_ = (
+        ("seed", c_uint64),
+        ("first_row", c_int64),
+        ("first_column", c_uint32),
+        ("full_width", c_uint32),
+        ("threshold", c_uint32),
+    )
+
+
+class Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "low", "up", "bias")),
+        *((name, c_void_p) for name in ("weight_scales", "column_scale", "x_column_scale", "row_keep", "row_factor", "offsets", "out")),
+        *((name, c_int64) for name in ("rows", "n", "k", "rank", "x_stride", "weight_stride", "up_stride", "groups")),
+        ("x_dropout", Dropout),
+        ("adapter_dropout", Dropout),
+        ("alpha", c_float),
+        *((name, c_int) for name in ("weight_kind", "weight_block", "columns", "thin", "accumulate")),
+    )
+
+
+class Outer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("a", "b", "offsets", "out", "partial")),
+        *((name, c_int64) for name in ("rows", "m", "n", "a_stride", "b_stride", "groups")),
+        ("b_dropout", Dropout),
+        ("a_column_scale", c_void_p),
+        ("alpha", c_float),
+        *((name, c_int) for name in ("splits", "out_dtype", "accumulate")),
+    )
+
+
+class Head(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "bias", "labels")),
+        *((name, c_int64) for name in ("tokens", "hidden", "vocab", "first", "size")),
+        ("scale", c_float),
+        ("softcap", c_float),
+    )
+
+
+_TYPES = {"i": c_int, "p": c_void_p, "l": c_int64, "f": c_float}
+SIGNATURES = {
+    "mswift_rms_norm_forward": "ippppppllfip",
+    "mswift_rms_norm_backward": "ippppppppllip",
+    "mswift_gated_forward": "iippplllffp",
+    "mswift_gated_backward": "iippppplllffp",
+    "mswift_rope": "ipppppliiilliip",
+    "mswift_gather_rows": "ipppllp",
+    "mswift_combine_rows": "ipppplilp",
+    "mswift_combine_rows_backward": "ipppppplilp",
+    "mswift_column_sum": "ipppplllp",
+    "mswift_linear": "pp",
+    "mswift_outer": "pp",
+    "mswift_head_statistics": "pppip",
+    "mswift_head_merge": "ppllp",
+    "mswift_head_sweep": "ppppplpippp",
+    "mswift_head_finish": "ppppppppp",
+    "mswift_head_gradient": "ppppl" + "ppiippp",
+}
+"""Argument types of each function, one letter each: i int, p pointer, l int64, f float. All return an int, 0 for success."""
+
+
+def functions(library: ctypes.CDLL) -> dict[str, Callable[..., int]]:
+    """The library's functions with their argument types told to ctypes: a wrong number or kind of arguments is an error and no crash."""
+    found: dict[str, Callable[..., int]] = {}
+    for name, letters in SIGNATURES.items():
+        function: Any = library[name]
+        function.argtypes = [_TYPES[letter] for letter in letters]
+        function.restype = c_int
+        found[name] = function
+    return found
+
+
+def splits_of(rows: int, tiles: int) -> int:
+    """Into how many parts the rows of an outer product are cut so that about two hundred blocks have work."""
+    return max(1, min(64, 216 // max(1, tiles), rows // 256))
+
+
+def threshold_of(probability: float) -> int:
+    """The dropout rate in 256ths."""
+    return max(1, min(255, round(probability * 256))) if probability > 0 else 0
+
+
+__all__ = ["ACTIVATIONS", "BF16", "CHUNK", "DTYPES", "INT8", "NF4", "NORM_BLOCKS", "SIGNATURES", "UNSUPPORTED"]
+__all__ += ["Dropout", "Head", "Linear", "Outer", "c_int32", "functions", "splits_of", "threshold_of"]

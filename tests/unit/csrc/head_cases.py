@@ -1,0 +1,190 @@
+"""The vocabulary's head against float64, for the emulated library: statistics, gradients, the one sweep of a frozen head, on shards."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mswift.kernels import cuda_abi as abi
+from tests.unit.csrc.emulator import Emulator, Structure, close, given, head, rounded, unwritten, wide
+
+
+class Problem(NamedTuple):
+    """A head over `size` real rows of a padded vocabulary, split over `ranks`."""
+
+    x: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray | None
+    labels: np.ndarray
+    size: int
+    ranks: int
+    scale: float
+    softcap: float
+
+    def shards(self) -> list[tuple[int, Structure, np.ndarray]]:
+        rows = len(self.weight) // self.ranks
+        found = []
+        for rank in range(self.ranks):
+            part = slice(rank * rows, (rank + 1) * rows)
+            weight = np.ascontiguousarray(self.weight[part])
+            bias = None if self.bias is None else np.ascontiguousarray(self.bias[part])
+            fields = given(x=self.x, weight=weight, bias=bias, labels=self.labels, tokens=len(self.x), hidden=self.x.shape[1])
+            found.append((rank * rows, head(**fields, vocab=rows, first=rank * rows, size=self.size, scale=self.scale, softcap=self.softcap), weight))
+        return found
+
+    def logits(self) -> np.ndarray:
+        z = self.scale * (wide(self.x) @ wide(self.weight).T + (0 if self.bias is None else wide(self.bias)))
+        z = self.softcap * np.tanh(z / self.softcap) if self.softcap else z
+        return z[:, : self.size]
+
+    def slope(self) -> np.ndarray:
+        z = self.logits()
+        return 1 - (z / self.softcap) ** 2 if self.softcap else np.ones_like(z)
+
+
+def problem(random: np.random.Generator, tokens: int, hidden: int, vocab: int, *, padding: int = 0, ranks: int = 1, **more: Any) -> Problem:
+    spread = more.get("spread", 1.0)
+    weight = rounded(random.normal(size=(vocab, hidden)) * spread / np.sqrt(hidden))
+    bias = rounded(random.normal(size=vocab)) if more.get("bias") else None
+    labels = random.integers(0, vocab - padding, size=tokens)
+    labels[0], labels[-1] = 0, vocab - padding - 1
+    return Problem(
+        rounded(random.normal(size=(tokens, hidden))), weight, bias, labels, vocab - padding, ranks, more.get("scale", 1.0), more.get("softcap", 0.0)
+    )
+
+
+def problems(random: np.random.Generator) -> list[Problem]:
+    return [
+        problem(random, 5, 24, 300, padding=7),
+        problem(random, 133, 40, 272, padding=5, ranks=2, softcap=3.0, scale=0.8, bias=True),
+        problem(random, 3, 37, 145, scale=1.3),
+        problem(random, 2, 16, 280, padding=150, ranks=2, spread=2e4),  # logits of 1e4; the second shard is padding only
+    ]
+
+
+def expected(case: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Log-sum-exp, label's logit, entropy, sum of logits, probabilities."""
+    z = case.logits()
+    top = z.max(1, keepdims=True)
+    lse = top[:, 0] + np.log(np.exp(z - top).sum(1))
+    p = np.exp(z - lse[:, None])
+    entropy = -(p * (z - lse[:, None])).sum(1)
+    return lse, z[np.arange(len(z)), case.labels], entropy, z.sum(1), p
+
+
+def gathered_statistics(emulator: Emulator, case: Problem, splits: int) -> np.ndarray:
+    tokens = len(case.x)
+    parts = unwritten(case.ranks, 5, tokens)
+    for (_, structure, _), part in zip(case.shards(), parts):
+        partial, stats = unwritten(splits, 5, tokens), unwritten(5, tokens)
+        emulator.call("mswift_head_statistics", structure, stats, partial, splits, out=(stats, partial))
+        part[:] = stats
+    merged = unwritten(5, tokens)
+    emulator.call("mswift_head_merge", parts, merged, case.ranks, tokens, out=(merged,))
+    return merged
+
+
+def check_statistics(case: Problem, merged: np.ndarray) -> None:
+    lse, label, entropy, total, _ = expected(case)
+    top, sums, got_label, spread, got_total = merged.astype(np.float64)
+    close((top + np.log(sums)).astype(np.float32), lse, 3e-6)
+    close(got_label.astype(np.float32), label, 3e-6)
+    # sums of many terms: an absolute measure that grows with the logits
+    assert np.abs(np.log(sums) - spread / sums - entropy).max() <= 3e-5 * max(1.0, np.abs(case.logits()).max() / 50)
+    assert np.abs(got_total - total).max() <= 3e-6 * np.abs(case.logits()).sum(1).max()
+
+
+def statistics(emulator: Emulator, random: np.random.Generator) -> None:
+    for case, splits in zip(problems(random), (1, 2, 2, 1)):
+        check_statistics(case, gathered_statistics(emulator, case, splits))
+
+
+def within(got: np.ndarray, want: np.ndarray, magnitude: np.ndarray) -> None:
+    """No farther apart than the rounding of the logits' gradient to bf16 explains, and half of that on average."""
+    error = np.abs(got - want)
+    assert np.isfinite(got).all()
+    assert (error <= magnitude * 2.0**-8 + 1e-5 * magnitude.max()).all(), (error / magnitude).max()
+    assert error.mean() <= magnitude.mean() * 2.0**-9 + 1e-5 * magnitude.max()
+
+
+def gradient(emulator: Emulator, random: np.random.Generator) -> None:
+    """Both factors, every coefficient, against the formula with the probabilities of float64."""
+    for case in problems(random)[:3]:
+        tokens, hidden = case.x.shape
+        lse, _, _, _, p = expected(case)
+        lse32 = lse.astype(np.float32)
+        coefficients = random.normal(size=(4, tokens)).astype(np.float32)
+        of_label, of_prob, of_entropy, of_uniform = wide(coefficients)[..., None]
+        dz = p * (of_prob + of_entropy * (case.logits() - lse[:, None])) + of_uniform
+        dz[np.arange(tokens), case.labels] += of_label[:, 0]
+        dz = np.pad(dz * case.slope() * case.scale, ((0, 0), (0, len(case.weight) - case.size)))
+        whole = np.zeros((tokens, hidden))
+        for first, structure, weight in case.shards():
+            rows = len(weight)
+            grads, dx, dweight = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(tokens, hidden), unwritten(rows, hidden)
+            dbias, sums = unwritten(rows), unwritten(abi.NORM_BLOCKS + 1, abi.CHUNK)
+            arguments = (structure, lse32, coefficients, grads, abi.CHUNK, dx, dweight, 0, 0, dbias, sums)
+            emulator.call("mswift_head_gradient", *arguments, out=(grads, dx, dweight, dbias, sums))
+            part = dz[:, first : first + rows]
+            within(dweight, part.T @ wide(case.x), np.abs(part).T @ np.abs(wide(case.x)))
+            within(dbias, part.sum(0), np.abs(part).sum(0))
+            whole += dx
+        within(whole, dz @ wide(case.weight), np.abs(dz) @ np.abs(wide(case.weight)))
+
+
+def rising(random: np.random.Generator) -> Problem:
+    """Logits that pass the reference of the first tile by hundreds in the second chunk for some tokens: their chunk has to be done again."""
+    case = problem(random, 134, 32, 400)
+    weight = wide(case.weight)
+    weight[:128] *= 0.1
+    x = wide(case.x)
+    x[3] *= 300
+    x[131] *= 100
+    return case._replace(x=rounded(x), weight=rounded(weight))
+
+
+def sweep(emulator: Emulator, random: np.random.Generator) -> None:
+    """A frozen head: statistics and the input's gradient in one pass over the vocabulary, equal to those of the exact formula."""
+    for case, repairs in (*((case, False) for case in problems(random)), (rising(random), True)):
+        tokens, hidden = case.x.shape
+        tiles = (tokens + abi.CHUNK - 1) // abi.CHUNK
+        p = expected(case)[-1]
+        of_label, of_prob = random.normal(size=(2, tokens)).astype(np.float32)
+        whole, parts = np.zeros((tokens, hidden)), unwritten(case.ranks, 5, tokens)
+        swept = []
+        for (_, structure, _), part in zip(case.shards(), parts):
+            stats, reference, acc, factors = unwritten(5, tokens), unwritten(tokens), unwritten(tokens, hidden), unwritten(2, tokens)
+            probabilities, partial, flags = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(1, 5, tokens), unwritten(tiles, dtype=np.int32)
+            outputs = (stats, reference, acc, probabilities, partial, factors, flags)
+            arguments = (structure, stats, reference, acc, probabilities, abi.CHUNK, partial, 1, factors, flags)
+            emulator.call("mswift_head_sweep", *arguments, out=outputs)
+            part[:] = stats
+            assert not repairs or (flags == [1, 1]).all()
+            swept.append((structure, reference, acc))
+        merged = unwritten(5, tokens)
+        emulator.call("mswift_head_merge", parts, merged, case.ranks, tokens, out=(merged,))
+        check_statistics(case, merged)
+        lse32, label32 = (merged[0] + np.log(merged[1])).astype(np.float32), merged[2].copy()
+        for structure, reference, acc in swept:
+            dx = unwritten(tokens, hidden, dtype=np.uint16)
+            emulator.call("mswift_head_finish", structure, acc, reference, lse32, label32, of_label, of_prob, dx, out=(dx,))
+            whole += wide(dx)
+        dz = p * wide(of_prob)[:, None]
+        dz[np.arange(tokens), case.labels] += of_label
+        want = (dz * case.slope() * case.scale) @ wide(case.weight[: case.size])
+        allowed = 2e-2 * np.abs(want).max(1, keepdims=True) + 1e-6  # bf16 of both parts, which may cancel
+        assert (np.abs(whole - want) <= allowed).all(), np.abs(whole - want).max()
+        assert np.abs(whole - want).mean() <= 2e-3 * np.abs(want).max()
+
+
+def plain_finish(emulator: Emulator, random: np.random.Generator) -> None:
+    """Without a reference the sums are only rounded."""
+    case = problem(random, 4, 19, 32)
+    acc, dx = random.normal(size=(4, 19)).astype(np.float32), unwritten(4, 19, dtype=np.uint16)
+    ((_, structure, _),) = case.shards()
+    emulator.call("mswift_head_finish", structure, acc, None, None, None, None, None, dx, out=(dx,))
+    close(dx, wide(acc), 1e-7)
+
+
+CASES = {case.__name__: case for case in (statistics, gradient, sweep, plain_finish)}

@@ -1,0 +1,162 @@
+"""Matrix-product kernels against float64, for the emulated library: LoRA, groups, quantised weights, weight gradients."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from mswift.kernels import cuda_abi as abi
+from tests.unit.csrc.emulator import Emulator, close, given, linear, outer, rounded, unwritten, wide
+
+MASK = (1 << 32) - 1
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def mix(h: int) -> int:
+    h ^= h >> 16
+    h = h * 0x7FEB352D & MASK
+    h ^= h >> 15
+    h = h * 0x846CA68B & MASK
+    return h ^ h >> 16
+
+
+def mask_of(rows: int, cols: int, dropout: abi.Dropout) -> np.ndarray:
+    """csrc/common/dropout.h said again in Python: the factors of a mask."""
+    factors = np.zeros((rows, cols))
+    for row, col in product(range(rows), range(cols)):
+        r, c = row + dropout.first_row, col + dropout.first_column
+        draws = mix((mix((dropout.seed + (c // 4) * 0x9E3779B1) & MASK) + r * 0x85EBCA77 + (dropout.seed >> 32)) & MASK)
+        if c < dropout.full_width and (draws >> 8 * (c % 4)) & 255 >= dropout.threshold:
+            factors[row, col] = 256 / (256 - dropout.threshold)
+    return factors
+
+
+def some(random: np.random.Generator, *shape: int) -> np.ndarray:
+    return rounded(random.normal(size=shape))
+
+
+def plain_linear(emulator: Emulator, random: np.random.Generator) -> None:
+    sizes = ((5, 12, 24, 1, 0), (131, 136, 40, 0, 0), (9, 19, 37, 0, 0), (9, 19, 37, 1, 1), (70, 140, 72, 0, 1))
+    for rows, n, k, thin, columns in sizes:
+        x, bias, scale = some(random, rows, k), some(random, n), random.normal(size=n).astype(np.float32)
+        weight = some(random, k, n) if columns else some(random, n, k)
+        x_scale = random.normal(size=k).astype(np.float32)
+        out = unwritten(rows, n, dtype=np.uint16)
+        fields = given(
+            x=x, weight=weight, bias=bias, column_scale=scale, out=out, rows=rows, n=n, k=k, x_stride=k, columns=columns, thin=thin, alpha=0.5
+        )
+        emulator.call("mswift_linear", linear(**fields), out=(out,))
+        matrix = wide(weight) if columns else wide(weight).T
+        close(out, 0.5 * (wide(x) @ matrix) * wide(scale) + wide(bias), 1e-6)
+        out = unwritten(rows, n, dtype=np.uint16)
+        emulator.call("mswift_linear", linear(**{**fields, "x_column_scale": x_scale, "bias": None, "out": out}), out=(out,))
+        close(out, 0.5 * (wide(rounded(wide(x) * x_scale)) @ matrix) * wide(scale), 1e-6)
+
+
+def accumulation(emulator: Emulator, random: np.random.Generator) -> None:
+    rows, n, k = 6, 20, 40
+    x, weight, keep, factor = some(random, rows, k), some(random, k, n), *random.uniform(0.1, 1, size=(2, rows)).astype(np.float32)
+    before = random.normal(size=(rows, n)).astype(np.float32)
+    for mode in (1, 2):
+        out = before.copy() if mode == 1 else unwritten(rows, n)
+        fields = given(x=x, weight=weight, row_keep=keep, row_factor=factor, out=out, rows=rows, n=n, k=k, x_stride=k, columns=1, accumulate=mode)
+        emulator.call("mswift_linear", linear(**fields), out=(out,))
+        close(out, (wide(keep)[:, None] * before if mode == 1 else 0) + wide(factor)[:, None] * (wide(x) @ wide(weight)), 1e-6)
+
+
+def lora(emulator: Emulator, random: np.random.Generator) -> None:
+    """A layer with its adapter, all five products, with and without dropout; the input is some columns of a wider activation."""
+    for rows, inside, outside, rank, p in ((9, 24, 40, 8, 0.0), (133, 56, 144, 16, 0.3), (7, 37, 21, 5, 0.2)):
+        dropout = abi.Dropout(seed=0x123456789AB, first_row=3, first_column=6, full_width=6 + inside - 2, threshold=abi.threshold_of(p))
+        mask = mask_of(rows, inside, dropout) if p else np.ones((rows, inside))
+        x, weight, bias, a, b, dy = (
+            some(random, *shape) for shape in ((rows, inside), (outside, inside), (outside,), (rank, inside), (outside, rank), (rows, outside))
+        )
+        scale = 0.7
+        low, y, dlow, dx = (unwritten(rows, width, dtype=np.uint16) for width in (rank, outside, rank, inside))
+        down = linear(x=x, weight=a, out=low, rows=rows, n=rank, k=inside, x_stride=inside, thin=1, alpha=scale, x_dropout=dropout)
+        emulator.call("mswift_linear", down, out=(low,))
+        dropped = wide(rounded(wide(x) * mask))
+        close(low, scale * dropped @ wide(a).T, 1e-6)
+        both = given(rows=rows, rank=rank)
+        forward = linear(x=x, weight=weight, bias=bias, low=low, up=b, out=y, n=outside, k=inside, x_stride=inside, **both)
+        emulator.call("mswift_linear", forward, out=(y,))
+        close(y, wide(x) @ wide(weight).T + wide(bias) + wide(low) @ wide(b).T, 1e-6)
+
+        down = linear(x=dy, weight=b, out=dlow, rows=rows, n=rank, k=outside, x_stride=outside, thin=1, columns=1, alpha=scale)
+        emulator.call("mswift_linear", down, out=(dlow,))
+        close(dlow, scale * wide(dy) @ wide(b), 1e-6)
+        fields = given(x=dy, weight=weight, low=dlow, up=a, out=dx, n=inside, k=outside, x_stride=outside, columns=1, adapter_dropout=dropout, **both)
+        emulator.call("mswift_linear", linear(**fields), out=(dx,))
+        close(dx, wide(dy) @ wide(weight) + mask * (wide(dlow) @ wide(a)), 1e-6)
+
+        da, db, partial = unwritten(rank, inside), unwritten(outside, rank, dtype=np.uint16), unwritten(3, rank, inside)
+        fields = given(a=dlow, b=x, out=da, partial=partial, rows=rows, m=rank, n=inside, a_stride=rank, b_stride=inside, splits=3, b_dropout=dropout)
+        emulator.call("mswift_outer", outer(**fields), out=(da, partial))
+        close(da, wide(dlow).T @ dropped, 1e-6)
+        fields = given(a=dy, b=low, out=db, rows=rows, m=outside, n=rank, a_stride=outside, b_stride=rank, out_dtype=1)
+        emulator.call("mswift_outer", outer(**fields), out=(db,))
+        close(db, wide(dy).T @ wide(low), 1e-6)
+
+
+def grouped(emulator: Emulator, random: np.random.Generator) -> None:
+    """Rows sorted by expert, one expert without any; then the same base for all and an adapter for each."""
+    offsets = np.array([0, 3, 3, 140, 147])
+    groups, rows, n, k, rank = 4, 147, 24, 40, 8
+    x, weight, low, up, dy = (some(random, *shape) for shape in ((rows, k), (groups, n, k), (rows, rank), (groups, n, rank), (rows, n)))
+    for shared in (False, True):
+        out = unwritten(rows, n, dtype=np.uint16)
+        fields = given(x=x, weight=weight, low=low, up=up, offsets=offsets, out=out, rows=rows, n=n, k=k, rank=rank, x_stride=k, groups=groups)
+        emulator.call("mswift_linear", linear(**fields, weight_stride=0 if shared else n * k, up_stride=n * rank), out=(out,))
+        want = np.zeros((rows, n))
+        for g in range(groups):
+            part = slice(offsets[g], offsets[g + 1])
+            want[part] = wide(x)[part] @ wide(weight)[0 if shared else g].T + wide(low)[part] @ wide(up)[g].T
+        close(out, want, 1e-6)
+    for splits in (1, 2):
+        grads, partial = unwritten(groups, n, k), unwritten(splits, groups, n, k)
+        fields = given(
+            a=dy, b=x, offsets=offsets, out=grads, partial=partial, rows=rows, m=n, n=k, a_stride=n, b_stride=k, groups=groups, splits=splits
+        )
+        emulator.call("mswift_outer", outer(**fields), out=(grads, partial))
+        parts = [slice(offsets[g], offsets[g + 1]) for g in range(groups)]
+        close(grads, np.stack([wide(dy)[part].T @ wide(x)[part] for part in parts]), 1e-6)
+
+
+def weight_gradient(emulator: Emulator, random: np.random.Generator) -> None:
+    """Large tiles, odd sizes, a gradient added to what is there."""
+    for rows, m, n, splits in ((70, 136, 144, 1), (65, 130, 43, 2)):
+        a, b, before = some(random, rows, m), some(random, rows, n), random.normal(size=(m, n)).astype(np.float32)
+        out, partial = before.copy(), unwritten(splits, m, n)
+        fields = given(a=a, b=b, partial=partial, rows=rows, m=m, n=n, a_stride=m, b_stride=n, splits=splits, accumulate=1)
+        emulator.call("mswift_outer", outer(out=out, **fields), out=(out, partial))
+        close(out, before + wide(a).T @ wide(b), 1e-6)
+
+
+def quantised(emulator: Emulator, random: np.random.Generator) -> None:
+    for kind, columns, (rows, n, k) in product((abi.INT8, abi.NF4), (0, 1), ((5, 40, 72), (6, 144, 64))):
+        shape = (k, n) if columns else (n, k)
+        if kind == abi.INT8:
+            codes = random.integers(-127, 128, size=shape).astype(np.int8)
+            scales = random.uniform(0.001, 0.02, size=shape[0]).astype(np.float32)
+            weight, block = codes * scales[:, None].astype(np.float64), 0
+        else:
+            levels, block = random.integers(0, 16, size=n * k), 32
+            scales = random.uniform(0.1, 2, size=(n * k + block - 1) // block).astype(np.float32)
+            codes = (levels[0::2] << 4 | levels[1::2]).astype(np.uint8)
+            weight = (np.array(NF4)[levels] * np.repeat(scales.astype(np.float64), block)[: n * k]).reshape(shape)
+        x, out = some(random, rows, k), unwritten(rows, n, dtype=np.uint16)
+        fields = given(
+            x=x, weight=codes, weight_scales=scales, out=out, rows=rows, n=n, k=k, x_stride=k, columns=columns, weight_kind=kind, weight_block=block
+        )
+        emulator.call("mswift_linear", linear(**fields), out=(out,))
+        weight = wide(rounded(weight))  # as a dequantised bf16 weight is
+        close(out, wide(x) @ (weight if columns else weight.T), 1e-6)
+
+
+CASES = {case.__name__: case for case in (plain_linear, accumulation, lora, grouped, weight_gradient, quantised)}

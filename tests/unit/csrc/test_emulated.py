@@ -1,0 +1,137 @@
+"""The CUDA kernels themselves, run thread by thread on the execution model of csrc/emu, against float64 and with faults planted in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mswift.kernels import cuda_abi as abi
+from tests.unit.csrc import elementwise_cases, head_cases, product_cases
+from tests.unit.csrc.emulator import ROOT, Emulator, FindingError, build, unwritten
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the execution model cannot be compiled")
+
+CASES = {**elementwise_cases.CASES, **product_cases.CASES, **head_cases.CASES}
+FAULTS = {
+    1: ("no barrier between a block sum's writes and reads", "rms_norm", "nobody has written"),
+    2: ("scratch of a block sum used again without a barrier", "many_rows", "race"),
+    3: ("threads without elements leave before the block sum", "rms_norm", "left|have left"),
+    4: ("no barrier between the warps' parts of a column's sum", "column_sum", "nobody has written"),
+    5: ("the last elements are never written", "gated", "not written"),
+    6: ("16-byte accesses without regard for alignment", "gated", "multiple of 16"),
+    7: ("the backward rotation turns forward", "rope", "off by"),
+    8: ("rows without a source stay unwritten", "permute", "not written"),
+    9: ("dropout ignores which columns are here", "lora", "off by"),
+    10: ("one row too many is read", "grouped", "off by|outside every buffer|across the end"),
+    11: ("nf4's two codes of a byte swapped", "quantised", "off by"),
+    12: ("cp.async awaited one group too late", "plain_linear", "cp.async"),
+    13: ("no barrier after cp.async", "plain_linear", "race|nobody has written"),
+    14: ("rows of an expert by the one before", "grouped", "off by"),
+    15: ("the last part of the rows dropped", "lora", "off by"),
+    16: ("sums of two parts added without regard for their maxima", "statistics", "off by|assert"),
+    17: ("one row of padding counted as vocabulary", "statistics", "off by|assert"),
+    18: ("a shard forgets where in the vocabulary it lies", "statistics", "off by|assert"),
+    19: ("statistics of a tile read before all warps wrote theirs", "statistics", "race|nobody has written"),
+    20: ("tiles of neighbouring blocks overlap", "plain_linear", "another thread wrote"),
+    21: ("a chunk far above its reference is not done again", "sweep", "assert|finite"),
+    22: ("a repaired chunk is scaled as if it were not", "sweep", "assert|finite"),
+    23: ("some lanes leave before a shuffle", "permute", "left|have left"),
+    24: ("tiles stored without the swizzle that they are read with", "plain_linear", "off by"),
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return build()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_agree_with_float64(library: Path, name: str) -> None:
+    CASES[name](Emulator(library), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("seed", [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_the_order_of_threads_and_blocks_does_not_matter(library: Path, seed: int) -> None:
+    """Bit for bit: the sums of every kernel have a fixed order."""
+    random = np.random.default_rng(seed)
+    for case in CASES.values():
+        case(Emulator(library, seed=seed), random)
+    x, results = random.normal(size=(300, 40)).astype(np.float32), []
+    for order in (0, seed):
+        partial, out = unwritten(abi.NORM_BLOCKS, 40), unwritten(40)
+        Emulator(library, seed=order).call("mswift_column_sum", 0, x, None, partial, out, 300, 40, 40, out=(partial, out))
+        results.append(out)
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(library: Path, fault: int) -> None:
+    what, name, finding = FAULTS[fault]
+    with pytest.raises(AssertionError) as caught:
+        CASES[name](Emulator(library, fault=fault), np.random.default_rng(0))
+    assert re.search(finding, f"{type(caught.value).__name__} {caught.value} {caught.traceback[-1].statement}"), f"{what}: {caught.value}"
+
+
+def test_every_planted_fault_is_in_the_table() -> None:
+    sources = [path.read_text(encoding="utf8") for path in (ROOT / "csrc" / "cuda").glob("*.cu*")]
+    planted = {int(number) for source in sources for number in re.findall(r"FAULT\((\d+)\)", source)}
+    assert planted == set(FAULTS)
+    assert len(planted) >= 10
+
+
+def test_the_model_finds_a_write_to_an_input_and_a_read_beyond(library: Path) -> None:
+    emulator = Emulator(library)
+    x, index = np.ones((2, 8), dtype=np.float32), np.array([0, 5])
+    with pytest.raises(FindingError, match="an input"):
+        emulator.call("mswift_gather_rows", 0, x, np.array([0, 1]), unwritten(2, 8), 2, 8)
+    out = unwritten(2, 8)
+    with pytest.raises(FindingError, match=r"read .* outside every buffer"):
+        emulator.call("mswift_gather_rows", 0, x, index, out, 2, 8, out=(out,))
+    emulator.call("mswift_gather_rows", 0, x, np.array([0, 1]), out, 2, 8, out=(out,))
+    assert (out == 1).all()
+
+
+def test_sizes_that_a_kernel_does_not_do_are_refused(library: Path) -> None:
+    emulator = Emulator(library)
+    x = np.zeros((2, 6), dtype=np.float32)
+    with pytest.raises(RuntimeError, match=f"returned {abi.UNSUPPORTED}"):
+        emulator.call("mswift_rope", 0, x, x, x, x, None, 2, 1, 6, 5, 6, 6, 0, 1, out=(x,))
+    with pytest.raises(RuntimeError, match=f"returned {abi.UNSUPPORTED}"):
+        emulator.call("mswift_rope", 0, x, x, x, x, None, 2, 1, 6, 8, 6, 6, 0, 1, out=(x,))
+    assert emulator.counters()["launches"] == 0
+
+
+SANITIZED = """
+import sys, numpy as np
+from pathlib import Path
+from tests.unit.csrc import elementwise_cases, head_cases, product_cases
+from tests.unit.csrc.emulator import Emulator
+cases = {**elementwise_cases.CASES, **product_cases.CASES, **head_cases.CASES}
+emulator = Emulator(Path(sys.argv[1]), fault=int(sys.argv[2]), registered=False)
+for name in sys.argv[3:] or cases:
+    cases[name](emulator, np.random.default_rng(0))
+    print("done", name)
+"""
+
+
+def sanitized(fault: int, *names: str) -> subprocess.CompletedProcess[str]:
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT), "PYTHONMALLOC": "malloc"}
+    command = [sys.executable, "-c", SANITIZED, str(build(sanitize=True)), str(fault), *names]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+
+def test_kernels_under_address_sanitizer() -> None:
+    done = sanitized(0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done") == len(CASES)
+    wrong = sanitized(10, "weight_gradient")
+    assert wrong.returncode != 0
+    assert "heap-buffer-overflow" in wrong.stderr
