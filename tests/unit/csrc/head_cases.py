@@ -135,7 +135,7 @@ def gradient(emulator: Emulator, random: np.random.Generator) -> None:
 
 def rising(random: np.random.Generator) -> Problem:
     """Logits that pass the reference of the first tile by hundreds in the second chunk for some tokens: their chunk has to be done again."""
-    case = problem(random, 134, 32, 400)
+    case = problem(random, 134, 32, 200)
     weight = wide(case.weight)
     weight[:128] *= 0.1
     x = wide(case.x)
