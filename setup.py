@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("MSWIFT_BUILD", "auto")
+CUDA = os.environ.get("MSWIFT_CUDA", "auto")
+cuda = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # of which the intrinsics in GCC 12's own headers are full
 
@@ -61,8 +64,19 @@ def hindrance() -> str | None:
 
 
 def build_cuda(into: Path) -> str:
-    """The hook for csrc/cuda: compile `libmswift_cuda.so` into `kernels/lib` of the package; one line of what came of it."""
-    return "no CUDA kernels"
+    """Compile `libmswift_cuda.so` into `kernels/lib` of the package, next to whatever torch is there; one line of what came of it."""
+    if CUDA == "0":
+        return "no CUDA kernels (MSWIFT_CUDA=0)"
+    nvcc = cuda["find_nvcc"]()
+    if nvcc is None:
+        return "no CUDA kernels (no nvcc on PATH or in CUDA_HOME)"
+    try:
+        cuda["build"](nvcc, into / "kernels" / "lib")
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        if CUDA == "1":
+            raise SystemExit(f"error: MSWIFT_CUDA=1, but {error}") from error
+        return f"no CUDA kernels ({error})"
+    return f"CUDA kernels for sm_{', sm_'.join(cuda['architectures'](nvcc))}"
 
 
 def make_builder() -> type[build_ext]:
@@ -120,6 +134,8 @@ def note(package: Path, text: str) -> None:
 reason = hindrance()
 if reason and WANTED == "1":
     raise SystemExit(f"error: MSWIFT_BUILD=1, but {reason}")
+if CUDA == "1" and (reason or cuda["find_nvcc"]() is None):
+    raise SystemExit(f"error: MSWIFT_CUDA=1, but {reason or 'there is no nvcc: put it on PATH or set CUDA_HOME'}")
 sources = ["csrc/ops.cpp", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))]
 headers = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h"))
 if reason:

@@ -19,7 +19,7 @@ struct Head {
   float* partial;                               // STATISTICS, SWEEP
   const float *reference, *lse, *coefficients;  // SWEEP and REPAIR; GRADIENT
   const int32_t* flags;                         // REPAIR
-  bf16* out;
+  bf16* out;  // [tokens, stride], stride a multiple of BN: whole tiles fit along a row
   int64_t stride;
 };
 
@@ -34,9 +34,10 @@ __device__ __forceinline__ Part merge(Part a, Part b) {
   return Part{top, fa * a.sum + fb * b.sum, fa * (a.spread + da * a.sum) + fb * (b.spread + db * b.sum), a.total + b.total};
 }
 
-__device__ __forceinline__ float logit(const Head& h, float product, int64_t column) {
-  if (column >= h.count + (FAULT(17) ? 1 : 0)) return -INFINITY;
-  if (h.bias) product += widen(load(h.bias + column));
+// of column `column` of a tile that has `real` columns before the padding
+__device__ __forceinline__ float logit(const Head& h, float product, const bf16* bias, int column, int real) {
+  if (column >= real + (FAULT(17) ? 1 : 0)) return -INFINITY;
+  if (bias) product += widen(load(bias + column));
   product *= h.scale;
   return h.softcap > 0.0f ? h.softcap * tanhf(product / h.softcap) : product;
 }
@@ -82,13 +83,13 @@ template <int MODE> __device__ __forceinline__ void read_rows(const Head& h, Sha
 }
 
 // What is written of a tile: exp(z - reference) dz/dproduct (SWEEP, REPAIR) or the gradient of the products (GRADIENT).
-template <int MODE> __device__ __forceinline__ void write_tile(const Head& h, const Tile<S>& z, SharedPtr<float> of, SharedPtr<int> label, int64_t t0, int64_t v0) {
+template <int MODE> __device__ __forceinline__ void write_tile(const Head& h, const Tile<S>& z, SharedPtr<float> of, SharedPtr<int> label, bf16* out, int rows) {
 #pragma unroll
   for (int i = 0; i < S::MF; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = row_of<S>(i, half * 2);
-      if (t0 + row >= h.tokens) continue;
+      if (row >= rows) continue;
       const float base = of[BASE * S::BM + row];
 #pragma unroll
       for (int j = 0; j < S::NF; j++) {
@@ -106,7 +107,7 @@ template <int MODE> __device__ __forceinline__ void write_tile(const Head& h, co
           }
           if (logit == -INFINITY) value[e] = 0.0f;
         }
-        store_pair(h.out + (t0 + row) * h.stride, v0 + column, h.stride, value[0], value[1], true);
+        store(reinterpret_cast<uint32_t*>(out + row * h.stride + column), pack(value[0], value[1]));
       }
     }
 }
@@ -134,13 +135,15 @@ template <int MODE> __global__ void __launch_bounds__(S::THREADS, 2) head_tiles(
     }
     Tile<S> z = {};
     multiply<S, false, false>(z, stages, Plain{h.x}, Plain{h.weight}, t0, v0, 0, h.x.cols);
+    const bf16* bias = h.bias ? h.bias + v0 : nullptr;
+    const int real = static_cast<int>(min(h.count - v0, static_cast<int64_t>(S::BN)));
 #pragma unroll
     for (int i = 0; i < S::MF; i++)
 #pragma unroll
       for (int j = 0; j < S::NF; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) z[i][j][e] = logit(h, z[i][j][e], v0 + column_of<S>(j, e));
-    if (WRITES) write_tile<MODE>(h, z, of, label, t0, v0);
+        for (int e = 0; e < 4; e++) z[i][j][e] = logit(h, z[i][j][e], bias, column_of<S>(j, e), real);
+    if (WRITES) write_tile<MODE>(h, z, of, label, h.out + t0 * h.stride + v0, static_cast<int>(min(h.tokens - t0, static_cast<int64_t>(S::BM))));
     if (COUNTS) {
       note_statistics(z, parts, label_logit, label);
       if (!FAULT(19)) sync_block();

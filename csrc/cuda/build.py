@@ -1,0 +1,90 @@
+"""Compiles csrc/cuda with nvcc into one library without torch, for several architectures at once. Used by setup.py and by the tests.
+
+By itself: python csrc/cuda/build.py FOLDER    writes FOLDER/libmswift_cuda.so and FOLDER/ptxas.txt, what ptxas says of every kernel
+
+MSWIFT_CUDA_ARCHS, by default "80 90 100", chooses architectures; code for the last of them also goes in as PTX, for later devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent
+LIBRARY, REPORT, DIGEST = "libmswift_cuda.so", "ptxas.txt", "sources.txt"
+DEFAULT_ARCHITECTURES = "80 90 100"
+FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=default", "-Xptxas", "-v", "--ptxas-options=-warn-spills")
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME or CUDA_PATH, else the one on PATH."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            found = shutil.which(str(Path(os.environ[name]) / "bin" / "nvcc"))
+            if found:
+                return found
+    return shutil.which("nvcc")
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Those asked for that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    wanted = os.environ.get("MSWIFT_CUDA_ARCHS", DEFAULT_ARCHITECTURES).replace(";", " ").replace(",", " ").split()
+    found = [arch for arch in wanted if f"compute_{arch.rstrip('af')}" in known]
+    if not found:
+        raise RuntimeError(f"nvcc knows none of the architectures {' '.join(wanted)}; it knows {' '.join(known)}")
+    return found
+
+
+def digest() -> str:
+    """Of everything that the library is made of."""
+    files = sorted(path for path in (*SOURCE.iterdir(), *SOURCE.parent.joinpath("common").iterdir()) if path.suffix in (".cu", ".cuh", ".h", ".py"))
+    text = "".join(path.name + path.read_text(encoding="utf8") for path in files) + os.environ.get("MSWIFT_CUDA_ARCHS", DEFAULT_ARCHITECTURES)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build(nvcc: str, folder: Path) -> Path:
+    """Compile and link; returns the library.
+
+    Raises:
+        RuntimeError: nvcc failed; its last lines.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = architectures(nvcc)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
+    targets.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed: {' '.join((done.stderr + done.stdout).split())[-600:]}")
+        return done.stderr + done.stdout
+
+    def compile_one(source: Path) -> str:
+        return run(*FLAGS, *targets, "-c", str(source), "-o", str(folder / f"{source.stem}.o"))
+
+    # The longest first, so that no core waits at the end.
+    sources = sorted(SOURCE.glob("*.cu"), key=lambda path: path.stem not in ("head", "linear", "quantised", "norm"))
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    try:
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+            report = "".join(pool.map(compile_one, sources))
+        run("-shared", "-cudart", "static", *targets, *map(str, objects), "-o", str(folder / LIBRARY))
+    finally:
+        for path in objects:
+            path.unlink(missing_ok=True)
+    (folder / REPORT).write_text(report, encoding="utf8")
+    (folder / DIGEST).write_text(digest(), encoding="utf8")
+    return folder / LIBRARY
+
+
+if __name__ == "__main__":
+    compiler = find_nvcc()
+    if compiler is None or len(sys.argv) != 2:
+        raise SystemExit(__doc__ if compiler else "error: no nvcc: put it on PATH or set CUDA_HOME")
+    print(build(compiler, Path(sys.argv[1])))
