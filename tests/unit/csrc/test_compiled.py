@@ -50,8 +50,6 @@ def parse(report: str) -> list[Use]:
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
         plain = re.sub(r"\((?:anonymous namespace\)::|Mode\)|int\)|bool\))", "", name)
         short = re.sub(r"^void |\(.*\)$", "", plain)
-            r"^void |\(anonymous namespace\)::|\(.*\)$", "", re.sub(r"\((?:Mode|int|bool)\)", "", name.replace("(anonymous namespace)::", ""))
-        )
         numbers = (int(entry["registers"]), int(entry["stores"]) + int(entry["loads"]), int(entry["stack"]), int(shared[1]) if shared else 0)
         uses.append(Use(short, entry["arch"], *numbers))
     return uses
