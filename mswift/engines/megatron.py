@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mswift.data.batches import MicroBatch
 from mswift.engines.base import StepResult
 from mswift.engines.megatron_model import MegatronModel
-from mswift.errors import CheckpointError, ConfigError
+from mswift.engines.optimizer_state import in_wanted_form
+from mswift.errors import ConfigError
 from mswift.families.model import global_name, shard_of
 from mswift.families.modules import CausalLM, packed_rows
 from mswift.objectives.base import Objective, Outputs
@@ -229,19 +230,14 @@ class MegatronEngine:
                         optimizer.state[parameter].update(step=torch.tensor(0.0), **state)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if len({type(key) for key in state["optimizer"]}) > 1:  # one optimizer has names, several have numbers; here both came together
-            now = "are" if self.groups.layout.ep > 1 else "are not"
-            raise CheckpointError(
-                f"the checkpoint was made the other way: trained experts {now} spread over ranks in this run; "
-                "resume with the expert_model_parallel_size that its args.json names"
-            )
+        optimizer_state = in_wanted_form(state["optimizer"], self._torch_optimizers())
         for number, chunk in enumerate(self.model.chunks):
             own = dict(chunk.named_parameters())
             with torch.no_grad():
                 for name, tensor in state["model"][str(number)].items():
                     own[name].copy_(tensor)
         with torch.no_grad():
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(optimizer_state)
         for optimizer in self._torch_optimizers():
             for entry in optimizer.state.values():
                 # All parameters come back sharing one step tensor, which would then advance once per parameter.

@@ -109,20 +109,30 @@ def test_resume_with_spread_experts_is_bit_equal(changes: dict[str, Any], mixtur
     assert len({loss for loss, _ in went_on}) == 3
 
 
-@pytest.mark.parametrize(("written", "read"), [({}, {"ep": 2}), ({"ep": 2}, {}), ({"ep": 2}, {"tp": 2, "sequence_parallel": True})])
-def test_resume_with_experts_on_other_ranks(written: dict[str, Any], read: dict[str, Any], mixture: Run, tmp_path: Path) -> None:
-    went_on = run_distributed(train_save_train, 2, replace(mixture, **written), tmp_path, timeout=180)[0]
-    resumed = run_distributed(resume_train, 2, replace(mixture, **read), tmp_path, timeout=180)[0]
+OTHER_RANKS = [({}, {"ep": 2}), ({"ep": 2}, {}), ({"ep": 2}, {"tp": 2, "sequence_parallel": True})]
+
+
+@pytest.mark.parametrize(("written", "read"), OTHER_RANKS)
+@pytest.mark.parametrize("changes", [{"lora": {**LORA, "dropout": 0.0}}, {**FULL, "dtype": "bfloat16"}], ids=["lora", "full-bf16"])
+def test_resume_with_experts_on_other_ranks(
+    changes: dict[str, Any], written: dict[str, Any], read: dict[str, Any], mixture: Run, tmp_path: Path
+) -> None:
+    """Without dropout: which of an expert's tokens it takes from an adapter depends on the rank that the expert is on."""
+    run = replace(mixture, **changes)
+    went_on = run_distributed(train_save_train, 2, replace(run, **written), tmp_path, timeout=180)[0]
+    resumed = run_distributed(resume_train, 2, replace(run, **read), tmp_path, timeout=180)[0]
+    rounding = 10 if run.dtype == "bfloat16" else 1
     for (loss, norm), (wanted, wanted_norm) in zip(resumed, went_on, strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-5)
-        assert norm == pytest.approx(wanted_norm, rel=1e-3)
+        assert loss == pytest.approx(wanted, rel=1e-5 * rounding**2)
+        assert norm == pytest.approx(wanted_norm, rel=1e-3 * rounding)
 
 
 @pytest.mark.parametrize(("written", "read"), [({}, {"ep": 2}), ({"ep": 2}, {})])
-def test_trained_experts_stay_spread_or_together(written: dict[str, Any], read: dict[str, Any], mixture: Run, tmp_path: Path) -> None:
-    run_distributed(train_save_train, 2, replace(mixture, **FULL, **written), tmp_path, timeout=180)
+def test_a_distributed_optimizer_keeps_experts_together_or_apart(written: dict[str, Any], read: dict[str, Any], mixture: Run, tmp_path: Path) -> None:
+    run = replace(mixture, **FULL, distributed_optimizer=True)
+    run_distributed(train_save_train, 2, replace(run, **written), tmp_path, timeout=180)
     with pytest.raises(RankError, match="resume with the expert_model_parallel_size that"):
-        run_distributed(resume_train, 2, replace(mixture, **FULL, **read), tmp_path, timeout=180)
+        run_distributed(resume_train, 2, replace(run, **read), tmp_path, timeout=180)
 
 
 @pytest.fixture(scope="module")
