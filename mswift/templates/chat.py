@@ -6,6 +6,7 @@ Where the template has ``{% generation %}`` blocks they say which tokens are tra
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ class ChatTemplate:
         self.stop_words = tuple(stop_words)
         self.template_text = chat_template or _own_template(tokenizer)
         settings: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._settings = settings
         if settings and "enable_thinking" not in self.template_text:
             logger.warning("enable_thinking has no effect: the chat template of %s does not use it", _name(tokenizer))
         self.renderer = Renderer.of(tokenizer, self.template_text, settings)
@@ -87,6 +89,15 @@ class ChatTemplate:
     def end_of_turn(self) -> str:
         """The text that the template writes to end an assistant turn, such as ``<|im_end|>``; empty where it writes none."""
         return self._turn_end.trained
+
+    def identity(self) -> dict[str, str]:
+        """Digests of all that the tokens of a conversation depend on, by what a user would call it."""
+        parts = {
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "chat template": self.template_text,
+            "setting of the template (system, loss_scale, enable_thinking)": repr((self.system, self.loss_scale, self._settings)),
+        }
+        return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
     def render(self, conversation: Conversation | Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation as the template writes it. Raises `DataError` where the template refuses it."""
