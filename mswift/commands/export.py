@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from mswift.commands import session as sessions
 from mswift.commands.dry_run import dry_run
-from mswift.commands.session import Session, check_writable, find_adapter, find_model, load_model, open_session
+from mswift.commands.session import Session, check_data, check_writable, find_adapter, find_model, load_model, make_template, open_session
+from mswift.commands.tokens import write_cached
 from mswift.config import ExportConfig
 from mswift.conversion.directories import is_megatron, is_megatron_adapter
 from mswift.errors import ConfigError
@@ -31,6 +32,8 @@ def check(config: ExportConfig, world: int) -> None:
     if config.export.dry_run:
         world = ParallelLayout.smallest(**config.parallel.sizes()).world
     sessions.check(config, world)
+    if config.export.to_cached_dataset:
+        check_data(config)
     _target(config, find_adapter(config.export.adapters))
 
 
@@ -44,6 +47,13 @@ def export(config: ExportConfig) -> None:
     adapter = find_adapter(settings.adapters)
     target = _target(config, adapter)
     directory = find_model(config.model)
+    if settings.to_cached_dataset:
+        check_data(config)
+        if is_main_process():
+            template = make_template(directory, config.model, config.template)
+            logger.info(write_cached(config, template, directory, target))
+            print(f"train on it: mswift sft --model {config.model.model} --cached_dataset {target}")
+        return
     if settings.dry_run:
         if is_main_process():
             dry_run(config, directory)
@@ -135,7 +145,7 @@ def _target(config: ExportConfig, adapter: Path | None) -> Path:
     from mswift.conversion.staging import check_target
 
     settings = config.export
-    converts = settings.to_mcore or settings.to_hf or settings.to_peft_format
+    converts = settings.to_cached_dataset or settings.to_mcore or settings.to_hf or settings.to_peft_format
     if adapter is None and settings.output_dir is None and not converts:
         raise ConfigError(
             "nothing to export: give --adapters DIR (with --merge_lora true for a whole model), or --output_dir to write the model again"
@@ -149,9 +159,18 @@ def _target(config: ExportConfig, adapter: Path | None) -> Path:
     target = Path(settings.output_dir).expanduser() if settings.output_dir else source.with_name(f"{source.name}-{_kind(config, adapter)}")
     if target.exists() and not settings.exist_ok and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--output_dir {target} exists already; give another folder, or --exist_ok true to replace it")
-    check_target(target, settings.exist_ok)
+    if not settings.to_cached_dataset or not _is_cached(target):
+        check_target(target, settings.exist_ok)
     check_writable(target.parent, "--output_dir")
     return target
+
+
+def _is_cached(target: Path) -> bool:
+    """Whether a folder holds what --to_cached_dataset has written, and nothing else."""
+    from mswift.data.cache import MANIFEST
+
+    entries = list(target.iterdir()) if target.is_dir() else []
+    return bool(entries) and all(entry.name in ("train", "val") and (entry / MANIFEST).is_file() for entry in entries)
 
 
 def _kind(config: ExportConfig, adapter: Path | None) -> str:

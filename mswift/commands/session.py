@@ -111,7 +111,7 @@ def find_adapter(adapters: Sequence[str]) -> Path | None:
     return path
 
 
-def check_data(config: SftConfig | InferConfig) -> None:
+def check_data(config: SftConfig | InferConfig | ExportConfig) -> None:
     """Register what plugins and descriptions of data sets say, and look whether all files are there. Needs no torch of ours.
 
     Raises:
@@ -123,10 +123,10 @@ def check_data(config: SftConfig | InferConfig) -> None:
     data = config.data
     load_plugins(data.external_plugins)
     load_infos(data.custom_dataset_info)
-    check_sources([*data.dataset, *data.val_dataset] if isinstance(config, SftConfig) else data.val_dataset, use_hf=config.model.use_hf)
+    check_sources([*data.dataset, *data.val_dataset] if not isinstance(config, InferConfig) else data.val_dataset, use_hf=config.model.use_hf)
 
 
-def reading(config: SftConfig | InferConfig) -> dict[str, Any]:
+def reading(config: SftConfig | InferConfig | ExportConfig) -> dict[str, Any]:
     """How `mswift.data.load_dataset` is to read rows, as its keyword arguments."""
     data = config.data
     return {

@@ -19,19 +19,17 @@ from mswift.commands.session import (
     load_model,
     make_template,
     open_session,
-    reading,
     shared,
 )
+from mswift.commands.tokens import encode, make_batches, read_rows
 from mswift.config import SftConfig, format_table
 from mswift.errors import CheckpointError, ConfigError, one_line
-from mswift.log import get_logger, is_main_process, progress_bar
+from mswift.log import get_logger, is_main_process
 
 if TYPE_CHECKING:
     from mswift.data import TokenRows
     from mswift.data.batches import Batches
-    from mswift.data.rows import Row
     from mswift.engines.megatron import MegatronEngine
-    from mswift.templates.chat import ChatTemplate
     from mswift.train.folders import RunIdentity
     from mswift.train.state import Callback, TrainState
 
@@ -66,14 +64,17 @@ def sft(config: SftConfig) -> None:
     resume_from = _check_files(config, output_dir)
     directory = find_model(config.model)
     _check_resume(config, resume_from, directory)
-    train_rows, eval_rows = _read_rows(config)
+    train_rows, eval_rows = read_rows(config)
     with open_session(directory, config.parallel, config.runtime) as session:
         output_dir = shared(output_dir)  # --add_version names it by each rank's own clock
         template = make_template(directory, config.model, config.template)
-        train_data, eval_data = _encode(config, template, train_rows, eval_rows, output_dir, directory)
+        train_data, eval_data = encode(config, template, train_rows, eval_rows, output_dir, directory)
         engine = _make_engine(config, session, data_seed=config.train.seed)
-        batches = _batches(config, session, train_data, template)
-        eval_batches = _batches(config, session, eval_data, template, evaluation=True) if eval_data is not None else None
+        hidden_size = engine.config.hidden_size
+        batches = make_batches(config, session, train_data, template, hidden_size=hidden_size)
+        eval_batches = None
+        if eval_data is not None:
+            eval_batches = make_batches(config, session, eval_data, template, hidden_size=hidden_size, evaluation=True)
         identity = _identity(config, engine, directory, train_data, batches.global_batch_size)
         start = _resume(engine, resume_from, identity)
         counts = engine.parameter_counts()  # all ranks count; one speaks
@@ -94,7 +95,12 @@ def _check_files(config: SftConfig, output_dir: Path) -> Path | None:
     Raises:
         MswiftError: a data file, an adapter or a checkpoint is missing or damaged, or the output folder cannot be used.
     """
+    from mswift.data.cache import find_cached, read_manifest
+
     check_data(config)
+    for part, names in (("train", config.packing.cached_dataset), ("val", config.packing.cached_val_dataset)):
+        for name in names:
+            read_manifest(find_cached(name, part)[0])
     find_adapter(config.tuner.adapters)
     return _check_output(config, output_dir)
 
@@ -127,36 +133,6 @@ def _check_resume(config: SftConfig, resume_from: Path | None, directory: Path) 
     if resume_from is not None:
         check_flags(resume_from, config.to_flat())
         check_base(resume_from, directory)
-
-
-def _read_rows(config: SftConfig) -> tuple[list[Row], list[Row]]:
-    from mswift.data import load_dataset, split
-
-    data = config.data
-    common = {**reading(config), "seed": data.data_seed}
-    rows = load_dataset(data.dataset, shuffle=data.dataset_shuffle, **common)
-    if data.val_dataset:
-        return rows, load_dataset(data.val_dataset, shuffle=False, **common)
-    return split(rows, data.split_dataset_ratio, data.data_seed)
-
-
-def _encode(
-    config: SftConfig, template: ChatTemplate, train_rows: list[Row], eval_rows: list[Row], output_dir: Path, directory: Path
-) -> tuple[TokenRows, TokenRows | None]:
-    from mswift.data import encode_dataset
-
-    limit = json.loads((directory / "config.json").read_text(encoding="utf8")).get("max_position_embeddings")
-    with progress_bar("tokenising") as progress:
-        settings: dict[str, Any] = {
-            "max_length": config.data.max_length or limit,
-            "truncation": config.data.truncation_strategy,
-            "num_proc": config.data.dataset_num_proc,
-            "strict": config.data.strict,
-            "max_bad_share": config.data.max_bad_rows_ratio,
-            "progress": progress,
-        }
-        train = encode_dataset(train_rows, template, report_dir=output_dir if is_main_process() else None, **settings)
-        return train, encode_dataset(eval_rows, template, **settings) if eval_rows else None
 
 
 def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> MegatronEngine:
@@ -196,31 +172,13 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
     return MegatronEngine(model, settings, seed=train.seed, source=config.model.model)
 
 
-def _batches(config: SftConfig, session: Session, data: TokenRows, template: ChatTemplate, *, evaluation: bool = False) -> Batches:
-    from mswift.data.batches import Batches
-
-    layout = session.groups.layout
-    tokenizer = template.tokenizer
-    return Batches(
-        data,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.resolve_global_batch_size(layout.dp),
-        seed=config.data.data_seed,
-        shuffle=config.data.dataset_shuffle and not evaluation,
-        dp_rank=session.groups.coords.dp,
-        dp_size=layout.dp,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
-        pad_to_multiple=layout.tp if config.parallel.sequence_parallel else 1,
-    )
-
-
 def _identity(config: SftConfig, engine: MegatronEngine, directory: Path, data: TokenRows, global_batch_size: int) -> RunIdentity:
     from mswift.train.folders import RunIdentity, fingerprint_model
 
     return RunIdentity(
         model=fingerprint_model(directory),
         trained=engine.trained_fingerprint(),
-        data=data.fingerprint(),
+        data=data.fingerprint() + _order_of_packs(config),
         global_batch_size=global_batch_size,
         seed=config.data.data_seed,
     )
@@ -265,6 +223,12 @@ def _announce(
 
 def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _order_of_packs(config: SftConfig) -> str:
+    """What else the rows of a step depend on."""
+    packing = config.packing
+    return f"; packs of {packing.packing_length or config.data.max_length}, {packing.packing_strategy}" if packing.packing else ""
 
 
 def _prepare_output(config: SftConfig, output_dir: Path, *, keep_report: bool) -> None:

@@ -80,7 +80,7 @@ _NO_EFFECT = {
     "kernels are chosen by the engine": """attn_impl attention_backend use_flash_attn cross_entropy_loss_fusion cross_entropy_fusion_impl
         apply_rope_fusion no_rope_fusion bias_activation_fusion no_bias_swiglu_fusion bias_dropout_fusion no_bias_dropout_fusion
         masked_softmax_fusion no_masked_softmax_fusion gradient_accumulation_fusion no_gradient_accumulation_fusion use_liger_kernel
-        use_logits_to_keep experts_impl moe_grouped_gemm moe_permute_fusion overlap_grad_reduce overlap_param_gather padding_free tf32
+        use_logits_to_keep experts_impl moe_grouped_gemm moe_permute_fusion overlap_grad_reduce overlap_param_gather tf32
         use_precision_aware_optimizer""",
     "mswift arranges the loading of data by itself": """dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
         dataloader_persistent_workers dataloader_type load_from_cache_file lazy_tokenize packing_num_proc remove_unused_columns""",
@@ -125,7 +125,6 @@ UNSUPPORTED_VALUES: dict[str, frozenset[str]] = {
         "report_to": "wandb swanlab all mlflow comet_ml clearml trackio",
         "lr_scheduler_type": "cosine_with_restarts polynomial inverse_sqrt reduce_lr_on_plateau cosine_with_min_lr warmup_stable_decay WSD "
         "inverse-square-root",
-        "truncation_strategy": "split",
         "loss_scale": "ignore_empty_think ignore_think_prefix react hermes qwen agentflan alpha_umi",
         "device": "npu mps xpu",
         "ddp_backend": "mpi ccl hccl",

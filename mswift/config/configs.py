@@ -21,6 +21,7 @@ from mswift.config.sections import (
     LoggingSection,
     ModelSection,
     OptimSection,
+    PackingSection,
     ParallelSection,
     RuntimeSection,
     SaveSection,
@@ -175,6 +176,7 @@ class SftConfig(Config):
     verb: ClassVar[str] = "sft"
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
+    packing: PackingSection = field(default_factory=PackingSection)
     template: TemplateSection = field(default_factory=TemplateSection)
     tuner: TunerSection = field(default_factory=TunerSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
@@ -197,7 +199,7 @@ class SftConfig(Config):
 
     @property
     def has_evaluation(self) -> bool:
-        return bool(self.data.val_dataset) or self.data.split_dataset_ratio > 0
+        return bool(self.data.val_dataset or self.packing.cached_val_dataset) or self.data.split_dataset_ratio > 0
 
     def output_dir(self, now: datetime.datetime | None = None) -> Path:
         """The folder of the run: ``--output_dir`` or ``output/<model name>``, and in it ``v0-<date>`` with ``--add_version``.
@@ -218,8 +220,9 @@ class SftConfig(Config):
 
     def faults(self) -> Iterator[str]:
         yield from _common_faults(self.model, self.parallel)
-        if not self.data.dataset:
+        if not self.data.dataset and not self.packing.cached_dataset:
             yield "--dataset is required: give one or more files, folders or hub ids"
+        yield from self._packing_faults()
         if self.tuner.adapters and self.tuner.tuner_type == "full":
             yield "--adapters needs --tuner_type lora; to train every weight, merge the adapter first (mswift merge-lora)"
         if len(self.tuner.adapters) > 1:
@@ -231,8 +234,20 @@ class SftConfig(Config):
         if self.save.overwrite_output_dir and self.save.resume_from_checkpoint is not None:
             yield "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on; give one of them"
 
+    def _packing_faults(self) -> Iterator[str]:
+        packing, limit = self.packing, self.data.max_length
+        if (packing.packing or packing.padding_free) and self.parallel.context_parallel_size > 1:
+            flag = "--packing" if packing.packing else "--padding_free"
+            yield f"{flag} does not go with --context_parallel_size {self.parallel.context_parallel_size} yet; leave one of them out"
+        if packing.packing and packing.packing_length is not None and limit is not None and packing.packing_length < limit:
+            yield f"--packing_length {packing.packing_length} is less than --max_length {limit}; raise it, or lower --max_length"
+        if self.data.split_dataset_ratio > 0 and not self.data.dataset:
+            yield "--split_dataset_ratio holds out rows of --dataset, and there is none; give --cached_val_dataset"
+
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from _idle_parallel(self.parallel)
+        if not self.packing.packing:
+            yield ("packing_length", "packing_strategy"), "it needs --packing true"
         if self.tuner.tuner_type == "full":
             yield _LORA_FLAGS, "--tuner_type is full"
         if self.train.recompute_granularity != "full":
@@ -286,6 +301,8 @@ class ExportConfig(Config):
 
     verb: ClassVar[str] = "export"
     model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    template: TemplateSection = field(default_factory=TemplateSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     runtime: RuntimeSection = field(default_factory=RuntimeSection)
     export: ExportSection = field(default_factory=ExportSection)
@@ -298,6 +315,13 @@ class ExportConfig(Config):
         forms = [f"--{name}" for name in ("to_mcore", "to_hf", "to_peft_format") if getattr(settings, name)]
         if len(forms) > 1:
             yield f"{' and '.join(forms)} were given, wanted one form to write"
+        if settings.to_cached_dataset:
+            if forms or settings.merge_lora or settings.adapters:
+                yield "--to_cached_dataset writes data, no model; leave out --merge_lora, --adapters and the forms of a model"
+            if not self.data.dataset:
+                yield "--to_cached_dataset needs --dataset: one or more files, folders or hub ids"
+            if settings.output_dir is None:
+                yield "--to_cached_dataset needs --output_dir, the folder that --cached_dataset will name"
         if settings.to_peft_format and not settings.mcore_adapter:
             yield "--to_peft_format needs --mcore_adapter, the Megatron adapter to write; a PEFT adapter is in that form already"
         if settings.mcore_adapter and not settings.to_peft_format:
@@ -310,7 +334,10 @@ class ExportConfig(Config):
             yield "--to_hf with --adapters needs --merge_lora true; without --to_hf the adapter alone is written"
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        return _idle_parallel(self.parallel)
+        yield from _idle_parallel(self.parallel)
+        if not self.export.to_cached_dataset:
+            names = (name for name, flag in self.flags().items() if flag.section in ("data", "template"))
+            yield tuple(names), "it is read by --to_cached_dataset only"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -49,7 +49,9 @@ class DataSection:
     data_seed: int = option(42, "Seed of the order of rows and of the split", low=0)
     dataset_shuffle: bool = option(True, "Shuffle the rows; with NAME#N false takes the first N")
     max_length: int | None = option(None, "Longest sequence in tokens", auto="the model's own limit", limits=_POSITIVE)
-    truncation_strategy: Literal["delete", "left", "right"] = option("delete", "What to do with a longer row: leave it out, or cut it at one end")
+    truncation_strategy: Literal["delete", "left", "right", "split"] = option(
+        "delete", "What to do with a longer row: leave it out, cut it at one end, or cut it into several"
+    )
     dataset_num_proc: int = option(1, "Processes that turn rows into tokens", limits=_POSITIVE)
     strict: bool = option(False, "Stop at the first bad row instead of leaving it out and reporting it")
     columns: dict[str, str] = option({}, "Names of columns in the data -> names that mswift knows")
@@ -57,6 +59,18 @@ class DataSection:
     max_bad_rows_ratio: float = option(0.01, "Share of rows that may be left out because something is wrong with them", limits=_SHARE)
     custom_dataset_info: list[str] = option([], "JSON files that describe data sets by name", metavar="FILE ...")
     external_plugins: list[str] = option([], "Python files to run first, which may register data sets", metavar="FILE ...")
+
+
+@dataclass(kw_only=True, slots=True)
+class PackingSection:
+    """Rows end to end instead of side by side, and tokens that were made before."""
+
+    packing: bool = option(False, "Put rows into packs of one length; a batch counts packs, and no row sees another one")
+    packing_length: int | None = option(None, "Tokens of a pack", auto="as --max_length", limits=_POSITIVE)
+    packing_strategy: Literal["binpack", "sequential"] = option("binpack", "Waste least, or fill one pack after the other")
+    padding_free: bool = option(False, "Put the rows of a micro batch end to end, without padding")
+    cached_dataset: list[str] = option([], "Training rows from mswift export --to_cached_dataset; DIR#500 takes 500", metavar="DIR ...")
+    cached_val_dataset: list[str] = option([], "The same for evaluation", metavar="DIR ...")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -271,6 +285,7 @@ class ExportSection:
     merge_lora: bool = option(False, "Write the model with the adapters merged in")
     to_mcore: bool = option(False, "Write a Megatron checkpoint (torch_dist), or with --adapters a Megatron adapter")
     to_hf: bool = option(False, "Write a Hugging Face directory, from a Megatron checkpoint or another Hugging Face directory")
+    to_cached_dataset: bool = option(False, "Write --dataset as tokens that sft reads with --cached_dataset")
     to_peft_format: bool = option(False, "Write the Megatron adapter of --mcore_adapter as a PEFT directory")
     mcore_adapter: str | None = option(None, "Megatron adapter to write in PEFT's form", auto="none", metavar="DIR")
     expert_lora_format: Literal["per-expert", "peft<0.19", "peft>=0.19", "vllm-3d"] | None = option(

@@ -11,7 +11,7 @@ _IMPORTANT = """
 model torch_dtype device dataset val_dataset split_dataset_ratio max_length system tuner_type target_modules lora_rank lora_alpha
 tensor_model_parallel_size pipeline_model_parallel_size num_train_epochs max_steps micro_batch_size global_batch_size recompute_granularity
 learning_rate lr_scheduler_type warmup_ratio output_dir save_steps resume_from_checkpoint adapters result_path max_batch_size max_new_tokens
-temperature merge_lora
+temperature merge_lora packing cached_dataset
 """
 IMPORTANT = frozenset(_IMPORTANT.split())
 

@@ -57,7 +57,7 @@ class CacheSink:
     """Writes rows to a cached data set while they are made; memory holds one chunk.
 
     Args:
-        directory: the data set; it must not exist yet, and appears when `finish` is called.
+        directory: the data set; it appears, in the place of what was there, when `finish` is called.
         identity: what tokens depend on; see `mswift.templates.ChatTemplate.identity`. files: the sources on this machine.
     """
 
@@ -102,6 +102,7 @@ class CacheSink:
         }
         report.write(self.draft)
         (self.draft / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
+        shutil.rmtree(self.directory, ignore_errors=True)
         os.replace(self.draft, self.directory)
         return open_cached(self.directory)
 

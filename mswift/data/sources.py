@@ -30,6 +30,12 @@ def check_sources(specs: Sequence[str], *, use_hf: bool | None = None) -> None:
                 raise DataError(f"{path}: cannot be read: you have no permission; give yourself read access (chmod u+r)")
 
 
+def source_files(specs: Sequence[str], *, use_hf: bool | None = None) -> list[str]:
+    """The files of all local sources, each once; hubs have none."""
+    parts = [part for text in specs for part in resolve(text, use_hf=use_hf)[1] if part.spec.kind == "local"]
+    return list(dict.fromkeys(path for part in parts for path in local_files(part.spec.location)))
+
+
 def read_source(spec: SourceSpec, split: str | None = None, on_bad: OnBad = stop) -> Iterator[RawRow]:
     """The rows of a source in order, ``#N`` not applied. Raises `DataError` with file and line for what cannot be read.
 

@@ -1,0 +1,173 @@
+"""The rows of a command as tokens: read, made here or made before, and dealt out in batches or packs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mswift.commands.session import reading
+from mswift.config import ExportConfig, SftConfig
+from mswift.errors import ConfigError, DataError
+from mswift.log import get_logger, is_main_process, progress_bar
+
+if TYPE_CHECKING:
+    from mswift.commands.session import Session
+    from mswift.data import TokenRows
+    from mswift.data.batches import Batches
+    from mswift.data.packing import PackIndex
+    from mswift.data.rows import Row
+    from mswift.templates.chat import ChatTemplate
+
+logger = get_logger(__name__)
+
+
+def read_rows(config: SftConfig | ExportConfig) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and rows to evaluate on; empty where there are none.
+
+    Raises:
+        DataError: a source cannot be read, or has too many bad rows.
+    """
+    from mswift.data import load_dataset, split
+
+    data = config.data
+    common = {**reading(config), "seed": data.data_seed}
+    rows = load_dataset(data.dataset, shuffle=data.dataset_shuffle, **common) if data.dataset else []
+    if data.val_dataset:
+        return rows, load_dataset(data.val_dataset, shuffle=False, **common)
+    return split(rows, data.split_dataset_ratio, data.data_seed)
+
+
+def model_limit(directory: Path) -> int | None:
+    """The longest sequence that a model was made for, in tokens."""
+    limit = json.loads((directory / "config.json").read_text(encoding="utf8")).get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
+def encode(
+    config: SftConfig, template: ChatTemplate, train_rows: list[Row], eval_rows: list[Row], output_dir: Path, directory: Path
+) -> tuple[TokenRows, TokenRows | None]:
+    """Tokens to train on and to evaluate on: rows that are encoded now, then those of cached data sets.
+
+    Raises:
+        DataError: no row is left, or a cached data set is not of this tokenizer, template and length.
+    """
+    from mswift.data import encode_dataset
+
+    with progress_bar("tokenising") as progress:
+        settings: dict[str, Any] = {
+            "max_length": config.data.max_length or model_limit(directory),
+            "truncation": config.data.truncation_strategy,
+            "num_proc": config.data.dataset_num_proc,
+            "strict": config.data.strict,
+            "max_bad_share": config.data.max_bad_rows_ratio,
+            "progress": progress,
+        }
+        train = [encode_dataset(train_rows, template, report_dir=output_dir if is_main_process() else None, **settings)] if train_rows else []
+        evaluation = [encode_dataset(eval_rows, template, **settings)] if eval_rows else []
+    train += _cached(config, template, config.packing.cached_dataset, "train", settings["max_length"])
+    evaluation += _cached(config, template, config.packing.cached_val_dataset, "val", settings["max_length"])
+    return _joined(train), _joined(evaluation) if evaluation else None
+
+
+def _joined(data: list[TokenRows]) -> TokenRows:
+    from mswift.data.encoded import join
+
+    return join(data, data[0].report)
+
+
+def _cached(config: SftConfig, template: ChatTemplate, names: list[str], part: str, limit: int | None) -> list[TokenRows]:
+    from mswift.data.cache import check_cached, find_cached, load_cached
+
+    for name in names:
+        check_cached(find_cached(name, part)[0], template.identity(), limit)
+    return [load_cached(names, part=part, seed=config.data.data_seed, shuffle=config.data.dataset_shuffle)] if names else []
+
+
+def make_batches(
+    config: SftConfig, session: Session, data: TokenRows, template: ChatTemplate, *, hidden_size: int, evaluation: bool = False
+) -> Batches:
+    """The micro batches of this rank.
+
+    Raises:
+        DataError: a row is longer than a pack.
+    """
+    from mswift.data.batches import Batches
+
+    layout = session.groups.layout
+    tokenizer = template.tokenizer
+    packs = _packs(config, data, session.directory, evaluation=evaluation) if config.packing.packing else None
+    batches = Batches(
+        data,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.resolve_global_batch_size(layout.dp),
+        seed=config.data.data_seed,
+        shuffle=config.data.dataset_shuffle and not evaluation,
+        dp_rank=session.groups.coords.dp,
+        dp_size=layout.dp,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        pad_to_multiple=layout.tp if config.parallel.sequence_parallel else 1,
+        padding_free=config.packing.padding_free,
+        packs=packs,
+        linear_cost=12 * hidden_size,
+    )
+    if packs is not None and is_main_process():
+        waste = packs.waste(packs.of_epoch(0))
+        logger.info("packing: %d rows in %d packs of %d tokens, %.2f %% empty", len(data), batches.num_units, packs.capacity, 100 * waste)
+    return batches
+
+
+def _packs(config: SftConfig, data: TokenRows, directory: Path, *, evaluation: bool) -> PackIndex:
+    from mswift.data.cache import find_cached
+    from mswift.data.packing import PackIndex
+
+    names = config.packing.cached_val_dataset if evaluation else config.packing.cached_dataset
+    capacity = config.packing.packing_length or config.data.max_length or model_limit(directory)
+    if capacity is None:
+        raise ConfigError("--packing needs --packing_length or --max_length: the model's config names no limit of its own")
+    return PackIndex(
+        data.lengths,
+        capacity,
+        seed=config.data.data_seed,
+        shuffle=config.data.dataset_shuffle and not evaluation,
+        strategy=config.packing.packing_strategy,
+        folder=find_cached(names[0], "val" if evaluation else "train")[0] if names else None,
+    )
+
+
+def write_cached(config: ExportConfig, template: ChatTemplate, directory: Path, target: Path) -> str:
+    """Write ``--dataset`` as tokens into ``target/train``, and rows to evaluate on into ``target/val``; returns what was written, for people.
+
+    Raises:
+        DataError: no row is left, or the disk is full. Nothing is left behind.
+    """
+    from mswift.data import encode_dataset
+    from mswift.data.cache import CacheSink
+    from mswift.data.sources import source_files
+
+    data = config.data
+    said = []
+    for part, rows in zip(("train", "val"), read_rows(config), strict=True):
+        if not rows:
+            continue
+        names = data.val_dataset if part == "val" and data.val_dataset else data.dataset
+        sink = CacheSink(target / part, template.identity(), source_files(names, use_hf=config.model.use_hf))
+        try:
+            with progress_bar(f"tokenising {part}") as progress:
+                made = encode_dataset(
+                    rows,
+                    template,
+                    max_length=data.max_length or model_limit(directory),
+                    truncation=data.truncation_strategy,
+                    num_proc=data.dataset_num_proc,
+                    strict=data.strict,
+                    max_bad_share=data.max_bad_rows_ratio,
+                    progress=progress,
+                    sink=sink,
+                )
+        except (DataError, KeyboardInterrupt):
+            sink.remove()
+            raise
+        logger.info("%s: %s", part, ", ".join(made.report.lines()))
+        said.append(f"{len(made)} rows, {made.num_tokens} tokens in {target / part}")
+    return "; ".join(said)
