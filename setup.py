@@ -137,7 +137,7 @@ if reason and WANTED == "1":
 if CUDA == "1" and (reason or cuda["find_nvcc"]() is None):
     raise SystemExit(f"error: MSWIFT_CUDA=1, but {reason or 'there is no nvcc: put it on PATH or set CUDA_HOME'}")
 sources = ["csrc/ops.cpp", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))]
-headers = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h"))
+headers = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inc"))
 if reason:
     # An extension that is never compiled: with it the wheel is one of this platform, and build_ext runs.
     setup(ext_modules=[Extension("mswift.kernels.lib.cpu", sources)], cmdclass={"build_ext": Without})

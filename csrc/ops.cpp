@@ -17,4 +17,12 @@ TORCH_LIBRARY(mswift, m) {
   m.def(
       "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bounds, float scale, int window, "
       "int chunk) -> (Tensor, Tensor, Tensor)");
+
+  // the head and its loss
+  m.def(
+      "linear_softmax(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int valid, float scale, float cap, int gradient) -> "
+      "(Tensor stats, Tensor mean, Tensor mean2)");
+  m.def(
+      "linear_softmax_grad_weight(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor factors, int valid, float scale, float cap) -> "
+      "(Tensor grad_weight, Tensor grad_bias)");
 }

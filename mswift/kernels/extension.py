@@ -1,11 +1,10 @@
-"""The compiled kernels of csrc/: loaded once, when first asked for. Without them everything runs on the plain-torch references.
+"""The compiled kernels of csrc/: loaded when this module is. Without them everything runs on the plain-torch references.
 
 Loading is by path and needs no Python API of the extension, so that a CUDA library beside it can register kernels for the same operators.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,27 +19,6 @@ _NOTE = _FOLDER / "build.txt"
 LEVELS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
 
 logger = get_logger(__name__)
-_descriptions: list[Callable[[], None]] = []
-
-
-@functools.cache
-def missing() -> str | None:
-    """Load the compiled kernels; why they cannot be used, or None. A reason is told once."""
-    reason = _load()
-    if reason is None:
-        for describe in _descriptions:
-            describe()
-    else:
-        logger.warning("the compiled kernels are not in use (%s); plain torch is, which is slower and gives the same results", reason)
-    return reason
-
-
-def when_loaded(describe: Callable[[], None]) -> Callable[[], None]:
-    """Call `describe` once the operators exist: it tells torch of their shapes and gradients. May stand as a decorator."""
-    _descriptions.append(describe)
-    if missing.cache_info().currsize and missing() is None:
-        describe()
-    return describe
 
 
 def _load() -> str | None:
@@ -57,10 +35,35 @@ def _load() -> str | None:
     return None
 
 
-@functools.cache
+_REASON = _load()
+_ISA = "none" if _REASON else torch.ops.mswift.isa()
+_told = False
+
+
+def available() -> bool:
+    """Whether the compiled operators exist, so that their shapes for tracing can be registered."""
+    return _REASON is None
+
+
+def missing() -> str | None:
+    """Why the compiled kernels cannot be used, or None. A reason is told once."""
+    global _told
+    if _REASON is not None and not _told:
+        _told = True
+        logger.warning("the compiled kernels are not in use (%s); plain torch is, which is slower and gives the same results", _REASON)
+    return _REASON
+
+
+def when_loaded(describe: Callable[[], None]) -> Callable[[], None]:
+    """Call `describe` if the operators exist: it tells torch of their shapes and gradients. May stand as a decorator."""
+    if available():
+        describe()
+    return describe
+
+
 def isa() -> str:
     """The instruction set that the CPU kernels use: none, avx2, avx512, avx512_bf16 or amx (MSWIFT_ISA lowers it)."""
-    return "none" if missing() else torch.ops.mswift.isa()
+    return _ISA
 
 
 def isa_at_least(level: str) -> bool:

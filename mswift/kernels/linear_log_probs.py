@@ -1,144 +1,163 @@
 """Log-probabilities of given tokens straight from hidden states: the logits of a batch never exist as a whole.
 
-Plain torch, vocabulary-parallel, chunked over tokens. Tokens without a label cost nothing: they are gathered out before the product.
+Vocabulary-parallel, with one exchange of statistics; tokens without a label cost nothing: they are gathered out before the product. The work
+is done by `linear_softmax`, compiled or plain torch; here the parts of a vocabulary become log-probabilities, and gradients follow.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mswift.runtime.precision import widen
+from mswift.kernels.linear_softmax import Limits, Statistics, statistics, weight_gradient
 
 IGNORE = -100
 """Label of a token that is not scored (torch's own ignore_index)."""
 
-_CHUNK_BYTES = 32 * 2**20  # fp32 logits of one chunk: few enough bytes to stay near the cores, enough rows to feed the matrix product
+
+class LogProbs(NamedTuple):
+    """Of each token, fp32, zero where it is not scored: log-probability of its label, entropy of the distribution, log-sum-exp of the logits."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    lse: Tensor
 
 
-def _chunk_rows(vocab: int) -> int:
-    return max(16, _CHUNK_BYTES // (4 * vocab))
+class _Setting(NamedTuple):
+    limits: Limits
+    first: int  # this rank's first row in the whole vocabulary
+    group: dist.ProcessGroup | None
+    reduce_grad: bool
+    entropy_grad: bool
 
 
-class _Limits(NamedTuple):
-    """What is done to the logits: tokens from `size` on are padding, a factor, a limit by tanh."""
+class _Parts(NamedTuple):
+    """What the statistics of all ranks say: fp32 ``[tokens]``."""
 
-    size: int | None
-    scale: float
-    cap: float | None
-
-
-class _Vocabulary:
-    """The slice [first, first + rows) of the vocabulary that this rank holds."""
-
-    def __init__(self, weight: Tensor, limits: _Limits, group: dist.ProcessGroup | None) -> None:
-        size, self.scale, self.cap = limits
-        self.group = group if group is not None and group.size() > 1 else None
-        rank = self.group.rank() if self.group is not None else 0
-        self.first = rank * weight.shape[0]
-        self.padding_from = weight.shape[0] if size is None else max(0, min(weight.shape[0], size - self.first))
-
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = (hidden.to(weight.dtype) @ weight.t()).float()
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.cap is not None:
-            logits.div_(self.cap).tanh_().mul_(self.cap)
-        logits[:, self.padding_from :] = -torch.inf
-        return logits
-
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """d logits / d products for these logits, without `scale`; None where it is one everywhere."""
-        if self.cap is None:
-            return None
-        slope = 1.0 - (logits / self.cap).square_()
-        slope[:, self.padding_from :] = 0.0
-        return slope
-
-    def locate(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Local index of each label (0 where it is another rank's) and a mask of those that are here."""
-        local = labels - self.first
-        here = (local >= 0) & (local < rows)
-        return local.masked_fill(~here, 0), here
-
-    def normaliser(self, logits: Tensor, target: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-sum-exp, logit of the label) of each row over the whole vocabulary, both fp32 ``[rows]``."""
-        peak = logits.amax(-1)
-        if self.group is not None:
-            dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
-        total = torch.sub(logits, peak[:, None]).exp_().sum(-1)
-        label_logit = logits.gather(1, target[:, None]).squeeze(1).masked_fill(~here, 0.0)
-        if self.group is not None:
-            both = torch.stack((total, label_logit))
-            dist.all_reduce(both, group=self.group)
-            total, label_logit = both.unbind()
-        return peak + total.log(), label_logit
+    log_probs: Tensor
+    entropy: Tensor
+    lse: Tensor
+    own: Tensor  # factor that turns this rank's sums of e into sums of probabilities
+    label_prob: Tensor
+    other_prob: Tensor  # 1 - label_prob, exact also where that is tiny
 
 
-def _minus_softmax_plus_one_hot(vocabulary: _Vocabulary, logits: Tensor, lse: Tensor, target: Tensor, here: Tensor) -> Tensor:
-    """d log_prob / d products, written over `logits`: the one-hot label minus the probabilities, times what scale and cap add."""
-    slope = vocabulary.slope(logits)
-    gradient = logits.sub_(lse[:, None]).exp_().neg_()
-    gradient.scatter_add_(1, target[:, None], here.to(gradient.dtype)[:, None])
-    if slope is not None:
-        gradient.mul_(slope)
-    return gradient if vocabulary.scale == 1.0 else gradient.mul_(vocabulary.scale)
+def _combine(mine: Statistics, group: dist.ProcessGroup | None) -> _Parts:
+    """Put the ranks' sums together: (reference, others, spread, label logit) of each, exchanged once."""
+    packed = torch.stack((mine.reference, mine.others, mine.spread, mine.label))
+    if group is None:
+        every = packed[None]
+    else:
+        gathered = [torch.empty_like(packed) for _ in range(group.size())]
+        dist.all_gather(gathered, packed, group=group)
+        every = torch.stack(gathered)
+    reference, others, spread, label = every.unbind(1)
+    label = label.amax(0)
+    peak = reference.amax(0)
+    factors = (reference - peak).exp()
+    others_lse = peak + (others * factors).sum(0).log()  # -inf where the label is all there is
+    margin = others_lse - label
+    log_probs = -torch.nn.functional.softplus(margin, threshold=60.0)
+    lse = torch.logaddexp(others_lse, label)
+    label_prob, other_prob = log_probs.exp(), torch.sigmoid(margin)
+    weights = (reference - lse).exp()
+    entropy = (weights * ((lse - reference) * others - spread)).sum(0) - label_prob * log_probs
+    return _Parts(log_probs, entropy, lse, (mine.reference - lse).exp(), label_prob, other_prob)
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, limits: _Limits, group: Any, reduce_grad: bool) -> Tensor:
-        vocabulary = _Vocabulary(weight, limits, group)
-        step = _chunk_rows(weight.shape[0])
-        wide = widen(weight)
-        lse = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        log_probs = torch.empty_like(lse)
-        frozen = not weight.requires_grad
-        # With a frozen head the gradient of each token's log-probability is known up to a factor: keep it, and never come back.
-        unit_gradient = torch.empty_like(hidden) if frozen and hidden.requires_grad else None
-        for start in range(0, len(labels), step):
-            rows = slice(start, start + step)
-            logits = vocabulary.logits(hidden[rows], wide)
-            target, here = vocabulary.locate(labels[rows], weight.shape[0])
-            lse[rows], label_logit = vocabulary.normaliser(logits, target, here)
-            log_probs[rows] = label_logit - lse[rows]
-            if unit_gradient is not None:
-                unit_gradient[rows] = _minus_softmax_plus_one_hot(vocabulary, logits, lse[rows], target, here).to(wide.dtype) @ wide
-        ctx.vocabulary, ctx.step, ctx.reduce_grad = vocabulary, step, reduce_grad
-        ctx.save_for_backward(unit_gradient) if frozen else ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.frozen = frozen
-        return log_probs
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, setting: _Setting) -> tuple[Tensor, Tensor, Tensor]:
+        limits = setting.limits
+        local = labels - setting.first
+        local = local.masked_fill((local < 0) | (local >= limits.valid), -1)
+        wants_hidden = ctx.needs_input_grad[0]
+        mine = statistics(hidden, weight, bias, local, limits, (2 if setting.entropy_grad else 1) if wants_hidden else 0)
+        parts = _combine(mine, setting.group)
+        ctx.setting, ctx.has_bias = setting, bias is not None
+        ctx.trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        means: tuple[Tensor, ...] = ()
+        if wants_hidden:
+            mean = mine.mean.mul_(parts.own[:, None])
+            if setting.entropy_grad:  # sum of p (log p + entropy) slope row, over all rows but the label's
+                mine.mean2.mul_(parts.own[:, None]).addcmul_(mean, (mine.reference - parts.lse + parts.entropy)[:, None])
+                means = (mean.to(hidden.dtype), mine.mean2.to(hidden.dtype))
+            else:
+                means = (mean.to(hidden.dtype),)
+        if not setting.entropy_grad:
+            ctx.mark_non_differentiable(parts.entropy)
+        ctx.save_for_backward(
+            hidden if ctx.trained else None, weight, bias, local, mine.label, *parts[:3], parts.label_prob, parts.other_prob, *means
+        )
+        return parts.log_probs, parts.entropy, parts.lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output = grads[0]
-        if ctx.frozen:
-            (unit_gradient,) = ctx.saved_tensors
-            grad_hidden, grad_weight = unit_gradient * grad_output[:, None].to(unit_gradient.dtype), None
-        else:
-            grad_hidden, grad_weight = _backward_trained(ctx, grad_output)
-        if ctx.vocabulary.group is not None and ctx.reduce_grad:
-            dist.all_reduce(grad_hidden, group=ctx.vocabulary.group)
-        return grad_hidden, grad_weight, None, None, None, None
+        hidden, weight, bias, local, label, log_probs, entropy, lse, label_prob, other_prob, *means = ctx.saved_tensors
+        setting: _Setting = ctx.setting
+        to_log_prob, to_entropy, to_lse = (grad.float() for grad in grads)
+        if not setting.entropy_grad:
+            to_entropy = torch.zeros_like(to_log_prob)
+        grad_hidden, grad_weight, grad_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            at_label = to_log_prob * other_prob + label_prob * (to_lse - to_entropy * (log_probs + entropy))
+            if setting.limits.cap:
+                at_label = at_label * (1.0 - (label / setting.limits.cap).clamp(min=-1.0) ** 2)
+            at_label = at_label.masked_fill(local < 0, 0.0)
+            grad_hidden = weight.index_select(0, local.clamp(min=0)).float().mul_(at_label[:, None])
+            grad_hidden.addcmul_(means[0], (to_lse - to_log_prob)[:, None])
+            if setting.entropy_grad:
+                grad_hidden.addcmul_(means[1], -to_entropy[:, None])
+            grad_hidden = grad_hidden.mul_(setting.limits.scale).to(means[0].dtype)
+            if setting.group is not None and setting.reduce_grad:
+                dist.all_reduce(grad_hidden, group=setting.group)
+        if ctx.trained:
+            a = to_lse - to_log_prob - to_entropy * (entropy - lse)
+            factors = torch.stack((lse, a, to_entropy, to_log_prob))
+            grad_weight, grad_bias = weight_gradient(hidden, weight, bias, local, factors, setting.limits)
+            grad_bias = grad_bias.to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None
+        return grad_hidden, grad_weight if ctx.needs_input_grad[1] else None, grad_bias, None, None
 
 
-def _backward_trained(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-    """Recompute the logits chunk by chunk; the head's gradient is accumulated in fp32 however many chunks there are."""
-    hidden, weight, labels, lse = ctx.saved_tensors
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-    wide = widen(weight)
-    for start in range(0, len(labels), ctx.step):
-        rows = slice(start, start + ctx.step)
-        logits = ctx.vocabulary.logits(hidden[rows], wide)
-        target, here = ctx.vocabulary.locate(labels[rows], weight.shape[0])
-        gradient = _minus_softmax_plus_one_hot(ctx.vocabulary, logits, lse[rows], target, here).mul_(grad_output[rows][:, None]).to(wide.dtype)
-        grad_hidden[rows] = gradient @ wide
-        grad_weight += gradient.t() @ hidden[rows].to(wide.dtype)
-    return grad_hidden, grad_weight.to(weight.dtype)
+def check(hidden_states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+    """Refuse what does not fit together, by name."""
+    if hidden_states.shape[:-1] != labels.shape:
+        raise ValueError(f"labels: got {tuple(labels.shape)}, wanted {tuple(hidden_states.shape[:-1])}, one for each of hidden_states")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: got {labels.dtype}, wanted torch.int64")
+    if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
+        raise ValueError(f"weight: got {tuple(weight.shape)}, wanted [vocabulary, {hidden_states.shape[-1]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got {tuple(bias.shape)}, wanted [{weight.shape[0]}]")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: got {softcap}, wanted a positive number or None")
+
+
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the dtype of a surrounding autocast region, if there is one."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def rows_here(weight: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(first row, number of rows that are no padding) of this rank's slice of the vocabulary."""
+    first = 0 if group is None else group.rank() * weight.shape[0]
+    return first, weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - first))
+
+
+def score(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, limits: Limits, first: int, group: Any, reduce_grad: bool, entropy_grad: bool
+) -> LogProbs:
+    """`linear_log_probs` of flat tokens that are all scored, with everything resolved."""
+    setting = _Setting(limits, first, group, reduce_grad, entropy_grad)
+    wide = hidden if hidden.dtype == weight.dtype else hidden.to(weight.dtype)
+    return LogProbs(*_LinearLogProbs.apply(wide, weight, bias, labels, setting))
 
 
 def linear_log_probs(
@@ -146,31 +165,48 @@ def linear_log_probs(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
+    ignore_index: int = IGNORE,
     vocab_size: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     group: dist.ProcessGroup | None = None,
     reduce_grad: bool = True,
-) -> Tensor:
-    """Log-probability of each label under ``softmax(hidden_states @ weight.T)``, differentiable in both factors.
+    entropy_grad: bool = False,
+) -> LogProbs:
+    """Log-probability of each label under ``softmax(hidden_states @ weight.T + bias)``, with entropy and log-sum-exp; differentiable.
 
     Args:
         hidden_states: ``[..., hidden]``, the same on every rank of `group`.
         weight: ``[vocabulary on this rank, hidden]``; equal slices in rank order. No gradient is computed for it when it is frozen.
-        labels: int64 ``[...]``; `IGNORE` where a token is not scored.
+        labels: int64 ``[...]``; `ignore_index` where a token is not scored.
+        bias: ``[vocabulary on this rank]``, added to the product.
         vocab_size: rows at or beyond it are padding and have probability zero; None: no padding.
         logit_scale: factor on the logits. softcap: after it, their limit: ``softcap * tanh(logits / softcap)``.
         group: the ranks that share the vocabulary; None: one rank holds it all.
         reduce_grad: sum the gradient of the hidden states over `group`; False leaves each rank its own part (sequence parallelism adds them).
+        entropy_grad: whether the entropy is differentiable; it costs one product more.
 
     Returns:
-        fp32 ``[...]``; zero where the label is `IGNORE`.
+        fp32 ``[...]`` each; zero where the label is `ignore_index`.
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
     """
+    check(hidden_states, weight, labels, bias, softcap)
+    group = group if group is not None and group.size() > 1 else None
+    first, valid = rows_here(weight, vocab_size, group)
     flat_labels = labels.reshape(-1)
-    scored = (flat_labels != IGNORE).nonzero().squeeze(1)
-    flat_hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    scored = (flat_labels != ignore_index).nonzero().squeeze(1)
+    hidden, weight, bias = autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
     if len(scored) != len(flat_labels):
-        flat_hidden = flat_hidden.index_select(0, scored)
-    values = _LinearLogProbs.apply(flat_hidden, weight, flat_labels[scored], _Limits(vocab_size, logit_scale, softcap), group, reduce_grad)
-    result = torch.zeros(flat_labels.shape, dtype=torch.float32, device=values.device)
-    return result.index_put((scored,), values).reshape(labels.shape)
+        hidden = hidden.index_select(0, scored)
+    values = score(hidden, weight, flat_labels[scored], bias, Limits(valid, logit_scale, softcap or 0.0), first, group, reduce_grad, entropy_grad)
+    return LogProbs(*(spread_out(value, scored, labels) for value in values))
+
+
+def spread_out(values: Tensor, scored: Tensor, labels: Tensor) -> Tensor:
+    """`values` of the scored tokens at their places in the shape of `labels`, zero elsewhere."""
+    if len(scored) == labels.numel():
+        return values.reshape(labels.shape)
+    return torch.zeros(labels.numel(), dtype=values.dtype, device=values.device).index_put((scored,), values).reshape(labels.shape)

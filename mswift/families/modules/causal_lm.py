@@ -64,20 +64,18 @@ class CausalLM(GPTModel):
             if not parallel_sequence:  # before them, since the gradient of what the ranks share is a partial sum on each
                 hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
             hidden_states, weight = self.head_adapter(hidden_states, weight)
-        if self.description.head_bias:  # one column more of the head, which meets a one in every hidden state
-            hidden_states = nn.functional.pad(hidden_states, (0, 1), value=1.0)
-            weight = torch.cat((weight, self.output_layer.bias[:, None]), dim=1)
-        log_probs = linear_log_probs(
+        scores = linear_log_probs(
             hidden_states,
             weight,
             labels.t(),
+            bias=self.output_layer.bias if self.description.head_bias else None,
             vocab_size=self.description.vocab_size,
             logit_scale=self.description.logit_scale,
             softcap=self.description.logit_softcap,
             group=group,
             reduce_grad=not parallel_sequence and self.head_adapter is None,  # the gather's backward pass adds the parts
         )
-        return log_probs.t()
+        return scores.log_probs.t()
 
     def _limit(self, logits: Tensor) -> Tensor:
         scale, cap = self.description.logit_scale, self.description.logit_softcap

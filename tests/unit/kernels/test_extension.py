@@ -47,10 +47,11 @@ def test_the_instruction_set_can_be_lowered_and_not_raised() -> None:
 def test_without_the_library_there_is_one_warning(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from mswift.kernels import extension; extension._LIBRARY = Path('absent.so'); "
-        "print(extension.missing() is not None, extension.missing() == extension.missing(), extension.isa())"
+        "extension._REASON = extension._load(); "
+        "print(extension.missing() is not None, extension.missing() == extension.missing(), extension.available())"
     )
     found = run(code)
-    assert found.startswith("True True none")
+    assert found.startswith("True True False")
     assert found.count("warning: the compiled kernels are not in use") == 1
     assert "pip install" in found
     broken = tmp_path / "broken.so"

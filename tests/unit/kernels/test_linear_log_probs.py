@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mswift.kernels import linear_log_probs as module
+from mswift.kernels import linear_softmax as module
 from mswift.kernels.linear_log_probs import IGNORE, linear_log_probs
 from tests.distributed.harness import run_distributed
 
@@ -43,7 +43,7 @@ def compute(
     states: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, *, trained: bool, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     states, weight = states.clone().requires_grad_(), weight.clone().requires_grad_(trained)
-    values = linear_log_probs(states, weight, labels, **options)
+    values = linear_log_probs(states, weight, labels, **options).log_probs
     values.backward(upstream)
     assert states.grad is not None
     return values.detach(), states.grad, weight.grad
@@ -127,7 +127,7 @@ def test_batched_shapes_and_strided_hidden_states() -> None:
     states, weight, labels, upstream = inputs(24, 6, 13, seed=5)
     expected = reference(states, weight, labels, upstream, 13)
     turned = states.view(4, 6, 6).transpose(0, 1).detach().requires_grad_()  # [s, b, h] that is not contiguous
-    values = linear_log_probs(turned, weight, labels.view(4, 6).t())
+    values = linear_log_probs(turned, weight, labels.view(4, 6).t()).log_probs
     assert values.shape == (6, 4)
     values.backward(upstream.view(4, 6).t())
     torch.testing.assert_close(values.t().reshape(-1).double(), expected[0], atol=1e-5, rtol=1e-5)
@@ -138,7 +138,7 @@ def test_batched_shapes_and_strided_hidden_states() -> None:
 def test_the_gradient_may_be_asked_for_twice() -> None:
     states, weight, labels, upstream = inputs(9, 4, 10)
     states.requires_grad_()
-    values = linear_log_probs(states, weight, labels)
+    values = linear_log_probs(states, weight, labels).log_probs
     first = torch.autograd.grad(values, states, upstream, retain_graph=True)[0]
     second = torch.autograd.grad(values, states, 2 * upstream)[0]
     torch.testing.assert_close(second, 2 * first)

@@ -1,0 +1,111 @@
+"""The cross entropy of a linear head, one loss a token, without logits: label smoothing, z-loss and token weights on top of `linear_log_probs`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mswift.kernels.linear_log_probs import IGNORE, autocast, check, rows_here, score, spread_out
+from mswift.kernels.linear_softmax import Limits
+
+
+class _MeanLogit(torch.autograd.Function):
+    """The mean of each token's logits over the whole vocabulary (without a cap): one product with the sum of the weight's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int, group: Any, reduce_grad: bool) -> Tensor:
+        total = weight[: limits.valid].sum(0, dtype=torch.float32).mul_(limits.scale / vocab)
+        means = hidden.float() @ total
+        if bias is not None:
+            means = means + bias[: limits.valid].float().sum() * (limits.scale / vocab)
+        if group is not None:
+            dist.all_reduce(means, group=group)
+        ctx.save_for_backward(hidden if weight.requires_grad else None, total)
+        ctx.shape, ctx.dtypes, ctx.rest = (
+            weight.shape,
+            (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
+            (limits, vocab, group, reduce_grad),
+        )
+        return means
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, total = ctx.saved_tensors
+        limits, vocab, group, reduce_grad = ctx.rest
+        grad_hidden, grad_weight, grad_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.outer(grads[0], total).to(ctx.dtypes[0])
+            if group is not None and reduce_grad:
+                dist.all_reduce(grad_hidden, group=group)
+        if ctx.needs_input_grad[1]:
+            row = (grads[0] @ hidden.float()).mul_(limits.scale / vocab).to(ctx.dtypes[1])
+            grad_weight = torch.zeros(ctx.shape, dtype=ctx.dtypes[1], device=row.device)
+            grad_weight[: limits.valid] = row
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros(ctx.shape[:1], dtype=ctx.dtypes[2], device=total.device)
+            grad_bias[: limits.valid] = grads[0].sum() * (limits.scale / vocab)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = IGNORE,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+    reduce_grad: bool = True,
+) -> Tensor:
+    """Cross entropy of ``softmax(hidden_states @ weight.T + bias)`` with the labels, one loss for each token.
+
+    Args:
+        token_weights: ``[...]``, a factor on each token's loss, not differentiated; a token of weight zero costs nothing.
+        label_smoothing: share of the target that is spread evenly over the vocabulary (torch's definition); not together with `softcap`.
+        z_loss: factor of the squared log-sum-exp that is added to the loss (PaLM, equation in section 5).
+        hidden_states, weight, labels, bias, ignore_index, vocab_size, softcap, logit_scale, group, reduce_grad: as for `linear_log_probs`.
+
+    Returns:
+        fp32 ``[...]``; zero where a token is ignored. The caller sums and divides.
+
+    Raises:
+        ValueError: shapes or types that do not fit together, or smoothing of capped logits.
+    """
+    check(hidden_states, weight, labels, bias, softcap)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, wanted at least 0 and less than 1")
+    if label_smoothing and softcap is not None:
+        raise ValueError("label_smoothing: wanted 0 with a softcap; no model is trained with both")
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(f"token_weights: got {tuple(token_weights.shape)}, wanted {tuple(labels.shape)}, one for each label")
+    group = group if group is not None and group.size() > 1 else None
+    first, valid = rows_here(weight, vocab_size, group)
+    limits = Limits(valid, logit_scale, softcap or 0.0)
+    flat_labels = labels.reshape(-1)
+    chosen = flat_labels != ignore_index
+    if token_weights is not None:
+        chosen &= token_weights.reshape(-1) != 0
+    scored = chosen.nonzero().squeeze(1)
+    hidden, weight, bias = autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
+    if len(scored) != len(flat_labels):
+        hidden = hidden.index_select(0, scored)
+    log_probs, _, lse = score(hidden, weight, flat_labels[scored], bias, limits, first, group, reduce_grad, entropy_grad=False)
+    losses = -log_probs
+    if label_smoothing:
+        vocab = vocab_size or weight.shape[0] * (1 if group is None else group.size())
+        even = lse - _MeanLogit.apply(hidden, weight, bias, limits, vocab, group, reduce_grad)
+        losses = (1.0 - label_smoothing) * losses + label_smoothing * even
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    if token_weights is not None:
+        losses = losses * token_weights.detach().reshape(-1)[scored].float()
+    return spread_out(losses, scored, labels)
