@@ -42,7 +42,7 @@ def test_dora_leaves_out_what_it_cannot_do_and_says_so_when_named() -> None:
         resolve_targets(["experts", "gate", "o_proj"], OWN, use_dora=True)
     with pytest.raises(ConfigError, match="got 'lm_head', wanted a model with a head of its own: that of this one is its embedding"):
         resolve_targets(["lm_head"], OWN[:-1])
-    with pytest.raises(ConfigError, match="got .all-router., wanted one of all-linear, q_proj"):
+    with pytest.raises(ConfigError, match=r"got .all-router., wanted one of all-linear, q_proj"):
         resolve_targets(["all-router"], ("linear_qkv",))
 
 
