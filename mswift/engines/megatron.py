@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mswift.data.batches import MicroBatch
 from mswift.engines.base import StepResult
+from mswift.engines.megatron_checkpoint import layers_alone
 from mswift.engines.megatron_model import MegatronModel
 from mswift.engines.optimizer_state import in_wanted_form
 from mswift.errors import ConfigError
@@ -195,6 +196,7 @@ class MegatronEngine:
         if loading:
             self._create_optimizer_state()
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        metadata |= layers_alone(self.model)
         weights = {str(number): self._trained_weights(chunk, metadata) for number, chunk in enumerate(self.model.chunks)}
         state = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
         if not loading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families.model import base_parameters, shard_of
 from mswift.log import is_main_process
 from mswift.tuners.lora import Adapter, LoraSettings
-from mswift.tuners.targets import ADAPTABLE, EMBEDDING, ROUTER, WITHOUT_DORA, adaptable, coverage, kind_of
+from mswift.tuners.targets import ADAPTABLE, EMBEDDING, ROUTED, ROUTER, WITHOUT_DORA, adaptable, coverage, kind_of
 
 if TYPE_CHECKING:
     from mswift.engines.megatron_model import MegatronModel
@@ -66,17 +67,23 @@ def load_adapter(model: MegatronModel, directory: Path, dropout: float) -> None:
     expert_rules = [rules[name] for name in shapes if rules[name].slot is not None]
     tensors = unstack(expert_rules, peft.tensors, shapes, targets=peft.target_parameters, form=peft.form)
     fused = {name: pair for name, shape in shapes.items() if (pair := lora_from_peft(adapter_rule(rules[name]), tensors, shape)) is not None}
-    model.add_lora(_settings(fused, peft, dropout))
+    model.add_lora(_settings(model, fused, peft, dropout))
     for name, module in model.adapters():
-        _fill(model, module, adapter_rule(rules[name]), fused[name], tensors, shapes[name])
+        if name in fused:
+            _fill(model, module, adapter_rule(rules[name]), fused[name], tensors, shapes[name])
+        else:
+            module.load(None, None)
 
 
-def _settings(fused: Mapping[str, Pair], peft: PeftAdapter, dropout: float) -> LoraSettings:
-    """One rank for all layers of all stages, with the scale of the file; collective."""
+def _settings(model: MegatronModel, fused: Mapping[str, Pair], peft: PeftAdapter, dropout: float) -> LoraSettings:
+    """One rank for all layers of all stages, with the scale of the file; collective. Where one expert of a layer is adapted, all are."""
     largest = torch.tensor(max((a.shape[0] for a, _ in fused.values()), default=0))
     ranks: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(ranks, int(largest))
     modules = gather_names(module for name in fused if (module := adaptable(name)) is not None)
+    every = adaptable_modules(model.rules)
+    layers = {_of_layer(module) for module in modules}
+    modules |= {module for module in every if ROUTED in module and _of_layer(module) in layers}
     kinds = {kind_of(module) for module in modules}
     without = sorted(kinds & set(WITHOUT_DORA)) if peft.use_dora else []
     if without:
@@ -87,8 +94,13 @@ def _settings(fused: Mapping[str, Pair], peft: PeftAdapter, dropout: float) -> L
         dropout=dropout,
         targets=tuple(kind for kind in ADAPTABLE if kind in kinds),
         use_dora=peft.use_dora,
-        modules=frozenset(modules),
+        modules=None if modules == {module for module in every if kind_of(module) in kinds} else frozenset(modules),
     )
+
+
+def _of_layer(module: str) -> str:
+    """The name of a module of an expert without the number of the expert."""
+    return re.sub(r"\.local_experts\.\d+\.", ".", module)
 
 
 def _refuse_lost(model: MegatronModel, directory: Path, peft: PeftAdapter) -> None:

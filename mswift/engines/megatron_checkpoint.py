@@ -210,11 +210,16 @@ def _padded(model: MegatronModel, parameters: list[LocalParameter]) -> set[int]:
     return {parameter.tensor.untyped_storage().data_ptr() for parameter in parameters if rules[parameter.name].pads}
 
 
+def layers_alone(model: MegatronModel) -> dict[str, bool]:
+    """Metadata by which megatron describes each layer under a key of its own, as it must where an adapter is on some of them only."""
+    return {"non_homogeneous_layers": True} if model.lora is not None and model.lora.modules is not None else {}
+
+
 def _sharded(model: MegatronModel) -> dict[str, Any]:
     """megatron's description of the base weights, or of the adapter if there is one, by chunk, as Megatron-LM keys them."""
 
     def described(chunk: CausalLM) -> dict[str, Any]:
-        found = chunk.sharded_state_dict(metadata=dict(_LAYOUT_FREE)).items()
+        found = chunk.sharded_state_dict(metadata={**_LAYOUT_FREE, **layers_alone(model)}).items()
         return {name: entry for name, entry in found if (model.lora is not None) == name.endswith(_FACTORS)}
 
     alone = len(model.chunks) == 1
