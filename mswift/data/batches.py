@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from mswift.data.encoded import TokenRows
+from mswift.data.mixing import Mixture
 from mswift.data.packing import PackIndex
 from mswift.errors import ConfigError, DataError
 from mswift.parallel.context import chunks_of
@@ -94,6 +95,7 @@ class Batches:
         pad_token_id: fills the right end of ``input_ids``.
         pad_to_multiple: ``s`` is rounded up to a multiple of this (tensor-parallel size with sequence parallelism).
         padding_free: rows lie end to end. packs: which rows share a pack; they lie end to end.
+        mixture: which rows an epoch has, and in which order (its own seed and shuffling); None: every row once.
         linear_cost: tokens at which a row's attention costs as much as all the rest.
 
     Raises:
@@ -115,6 +117,7 @@ class Batches:
         drop_last: bool = False,
         padding_free: bool = False,
         packs: PackIndex | None = None,
+        mixture: Mixture | None = None,
         linear_cost: int = 8192,
     ) -> None:
         sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size, "dp_size": dp_size, "pad_to_multiple": pad_to_multiple}
@@ -125,8 +128,11 @@ class Batches:
             raise DataError(f"dp_rank is {dp_rank}, wanted 0 to {dp_size - 1}")
         if not len(dataset):
             raise DataError("the data set is empty; check --dataset and --max_length")
-        self.dataset, self.packs = dataset, packs
+        if mixture is not None and (packs is not None or sum(mixture.sizes) != len(dataset)):
+            raise ValueError(f"a mixture of {sum(mixture.sizes)} rows for a data set of {len(dataset)}, or one of packs")
+        self.dataset, self.packs, self.mixture = dataset, packs, mixture
         self.num_units = len(dataset) if packs is None else len(packs.of_epoch(0))
+        self.num_units = self.num_units if mixture is None else mixture.rows_per_epoch
         self.end_to_end = padding_free or packs is not None
         if drop_last and self.num_units < global_batch_size:
             what = "rows" if packs is None else "packs"
@@ -188,7 +194,10 @@ class Batches:
         known = self._order
         if known is None or known[0] != epoch:
             size = self.num_units
-            order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(size) if self.shuffle else np.arange(size)
+            if self.mixture is not None:
+                order = self.mixture.epoch(epoch)
+            else:
+                order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(size) if self.shuffle else np.arange(size)
             self._order = known = (epoch, order)
         return known[1]
 

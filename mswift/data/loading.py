@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mswift.data.faults import got
 from mswift.data.files import RawRow
@@ -58,11 +58,11 @@ def load_sources(texts: Sequence[str], settings: ReadSettings) -> list[LoadedSou
     bad = settings.bad_rows()
     loaded = []
     lacking: dict[str, list[str]] = {name: [] for name in settings.columns}
-    for text in texts:
+    for entry, text in enumerate(texts):
         spec, parts = resolve(text, use_hf=settings.use_hf)
         recognised = Recognised()
         before = len(bad.errors)
-        rows = [row for part in parts for row in read_part(part, settings, bad, recognised)]
+        rows = [row for part in parts for row in read_part(replace(part, entry=entry), settings, bad, recognised)]
         total = recognised.num_read
         if not total:
             raise DataError(f"{spec}: holds no rows; check --dataset")
@@ -105,7 +105,8 @@ def make_rows(raw: RawRow, part: Part, settings: ReadSettings, recognised: Recog
     """
     columns = {**part.columns, **settings.columns}
     return [
-        normalise(one, columns, want=settings.want, auto=settings.auto, given=part.given, recognised=recognised) for one in _preprocessed(raw, part)
+        normalise(one, columns, want=settings.want, auto=settings.auto, given=part.given, recognised=recognised, entry=part.entry)
+        for one in _preprocessed(raw, part)
     ]
 
 

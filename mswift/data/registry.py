@@ -48,6 +48,7 @@ class Part:
 
     Args:
         columns: its names of columns -> ours. given: its names of the parts of a message. preprocess: made of each raw row before all that.
+        entry: number of the entry of ``--dataset`` that it is of.
     """
 
     spec: SourceSpec
@@ -55,6 +56,7 @@ class Part:
     columns: Mapping[str, str] = field(default_factory=dict)
     given: MessageNames = DEFAULT_NAMES
     preprocess: Preprocess | None = None
+    entry: int = 0
 
 
 @dataclass(frozen=True, slots=True)

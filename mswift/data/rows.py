@@ -30,6 +30,7 @@ class Row:
         messages: in the one form of `mswift.data.messages`; of two answers the chosen one. columns: all other columns, for rewards and results.
         source, line: its place. tools: OpenAI's schemas of the tools that it may call.
         rejected: the conversation with the rejected answer. label: whether the answer is wanted (KTO). media: ``images``, ``audios``, ``videos``.
+        entry: number of the entry of ``--dataset``, from 0.
     """
 
     messages: list[Message]
@@ -40,6 +41,7 @@ class Row:
     rejected: list[Message] | None = None
     label: bool | None = None
     media: dict[str, list[Any]] = field(default_factory=dict)
+    entry: int = 0
 
     @property
     def where(self) -> str:
@@ -90,6 +92,7 @@ def normalise(
     auto: bool = True,
     given: MessageNames = DEFAULT_NAMES,
     recognised: Recognised | None = None,
+    entry: int = 0,
 ) -> Row:
     """Turns one raw row into messages.
 
@@ -101,6 +104,7 @@ def normalise(
         columns: renames columns before the shape is looked at, old name to new; names that the row lacks are passed over.
         want: what the row is for. auto: whether other names of columns are understood.
         given: how the source names the parts of a message. recognised: takes note of what was understood.
+        entry: number of the entry of ``--dataset`` that the row is of.
 
     Raises:
         DataError: with file, line, the field at fault and what was got.
@@ -120,7 +124,7 @@ def normalise(
         fail(raw, f"no assistant turn to train on, got the roles {roles}; add one or remove the row")
     label = read_verdict(raw, data) if want == "label" else None
     media = {name: read_media(raw, name, data.pop(name)) for name in [f"{kind}s" for kind in MEDIA] if data.get(name) not in (None, "", [])}
-    row = Row(messages, data, raw.source, raw.line, tools, rejected, label, media)
+    row = Row(messages, data, raw.source, raw.line, tools, rejected, label, media, entry)
     if recognised is not None:
         recognised.add(row, shape, found)
     return row

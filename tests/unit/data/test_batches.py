@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mswift.data.batches import Batches, MicroBatch, padding_share
 from mswift.data.encoded import EncodedDataset
+from mswift.data.mixing import Mixture
 from mswift.data.packing import PackIndex
 from mswift.data.report import LengthReport
 from mswift.data.rows import Row
@@ -220,3 +221,16 @@ def test_micro_batches_of_several_packs_are_balanced_too() -> None:
     assert sorted(sorted(dataset.lengths[part].tolist()) for part in batches.rows_of(0)) == [[1, 9], [2, 8], [3, 7], [4, 6]]
     costs = [batches.cost(part) for part in batches.rows_of(0)]
     assert costs == sorted(costs, reverse=True)
+
+
+def test_a_mixture_decides_what_an_epoch_holds() -> None:
+    data = make_dataset([3 + i % 5 for i in range(30)])
+    mixture = Mixture((20, 10), (6, 15), seed=4)
+    batches = Batches(data, micro_batch_size=2, global_batch_size=4, mixture=mixture)
+    assert batches.steps_per_epoch == 6
+    for epoch in range(2):
+        rows = [row for k in range(6) for part in batches.rows_of(6 * epoch + k) for row in part]
+        assert sorted(rows) == sorted(mixture.epoch(epoch).tolist())
+        assert sum(row >= 20 for row in rows) == 15
+    with pytest.raises(ValueError, match="a mixture of 30 rows for a data set of 29"):
+        Batches(make_dataset([3] * 29), micro_batch_size=1, global_batch_size=1, mixture=mixture)
