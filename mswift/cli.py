@@ -41,6 +41,12 @@ VERBS: dict[str, Verb] = {
         "--model Qwen/Qwen2.5-0.5B-Instruct --dataset data.jsonl",
         "mswift.commands.sft:check",
     ),
+    "pt": Verb(
+        "Train on plain text, every token of it",
+        "mswift.commands.sft:sft",
+        "--model Qwen/Qwen2.5-0.5B --dataset text.txt --tuner_type full",
+        "mswift.commands.sft:check",
+    ),
     "infer": Verb(
         "Talk to a model, or answer the rows of a file",
         "mswift.commands.infer:infer",
@@ -68,7 +74,7 @@ VERBS: dict[str, Verb] = {
 }
 """In the order of ``mswift --help``."""
 
-NOT_YET = ("pt", "rlhf", "deploy", "rollout", "eval", "sample", "app", "web-ui")
+NOT_YET = ("rlhf", "deploy", "rollout", "eval", "sample", "app", "web-ui")
 LAUNCH_VARIABLES = {
     "NPROC_PER_NODE": "Processes on this machine; 1 if not set. Each takes one GPU, or its share of the cores.",
     "NNODES, NODE_RANK": "Number of machines, and which one this is (from 0). Start the same command on each.",

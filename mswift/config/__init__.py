@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mswift.config.configs import Config, ExportConfig, InferConfig, SftConfig, VerifyConfig, warnings_for
+from mswift.config.configs import Config, ExportConfig, InferConfig, PtConfig, SftConfig, VerifyConfig, warnings_for
 from mswift.config.parse import CONFIGS, Parsed, parse_command, read_command
 from mswift.config.sections import (
     DataSection,
@@ -38,6 +38,7 @@ __all__ = [
     "PackingSection",
     "ParallelSection",
     "Parsed",
+    "PtConfig",
     "Row",
     "RuntimeSection",
     "SaveSection",

@@ -30,6 +30,7 @@ distributed_backend:ddp_backend result_dir:result_path load_args_from_ckpt_dir:l
 load:model mcore_model:model output:output_dir ref_load:mcore_ref_model ref_adapter_load:mcore_ref_adapter
 template_type:template prompt_template:template num_workers:dataloader_num_workers evaluation_strategy:eval_strategy
 only_save_model:save_only_model use_liger:use_liger_kernel enable_liger_kernel:use_liger_kernel flash_attn:attn_impl
+interleave_probs:interleave_prob streaming_buffer_size:shuffle_buffer_size
 custom_register_path:external_plugins deterministic_mode:full_determinism quantization_bit:quant_bits neftune_alpha:neftune_noise_alpha
 """
 RENAMED: dict[str, str] = dict(pair.split(":") for pair in _RENAMED.split())

@@ -223,6 +223,7 @@ class SftConfig(Config):
         if not self.data.dataset and not self.packing.cached_dataset:
             yield "--dataset is required: give one or more files, folders or hub ids"
         yield from self._packing_faults()
+        yield from self._data_faults()
         if self.tuner.adapters and self.tuner.tuner_type == "full":
             yield "--adapters needs --tuner_type lora; to train every weight, merge the adapter first (mswift merge-lora)"
         if len(self.tuner.adapters) > 1:
@@ -244,10 +245,28 @@ class SftConfig(Config):
         if self.data.split_dataset_ratio > 0 and not self.data.dataset:
             yield "--split_dataset_ratio holds out rows of --dataset, and there is none; give --cached_val_dataset"
 
+    def _data_faults(self) -> Iterator[str]:
+        shares, entries = self.data.shares(), len(self.data.dataset)
+        if shares and len(shares) != entries:
+            yield f"--interleave_prob has {len(shares)} numbers for {entries} entries of --dataset, wanted one for each"
+        if shares and self.packing.cached_dataset:
+            yield "--interleave_prob does not go with --cached_dataset; leave one of them out"
+        if self.data.streaming and (self.packing.packing or self.packing.cached_dataset):
+            flag = "--packing" if self.packing.packing else "--cached_dataset"
+            yield f"--streaming true does not go with {flag}, which knows all rows before; make them with mswift export --to_cached_dataset true"
+        if self.data.streaming and self.data.split_dataset_ratio > 0:
+            yield "--streaming true does not go with --split_dataset_ratio, which needs all rows; give rows to evaluate on as --val_dataset"
+
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from _idle_parallel(self.parallel)
         if not self.packing.packing:
             yield ("packing_length", "packing_strategy"), "it needs --packing true"
+        if not self.data.interleave_prob and not any("@" in entry for entry in self.data.dataset):
+            yield ("stopping_strategy",), "it needs --interleave_prob, or weights (@) in --dataset"
+        if not self.data.streaming:
+            yield ("shuffle_buffer_size",), "it needs --streaming true"
+        elif not self.data.val_dataset:
+            yield ("dataset_num_proc",), "with --streaming every process reads its own rows while it trains"
         if self.tuner.tuner_type == "full":
             yield _LORA_FLAGS, "--tuner_type is full"
         if self.train.recompute_granularity != "full":
@@ -262,6 +281,17 @@ class SftConfig(Config):
             yield ("split_dataset_ratio",), "--val_dataset is the evaluation set"
         if not self.has_evaluation:
             yield ("eval_steps",), "there is no evaluation set; give --val_dataset or --split_dataset_ratio"
+
+
+@dataclass(kw_only=True, slots=True)
+class PtConfig(SftConfig):
+    """Settings of ``mswift pt``: those of ``mswift sft``, for rows of plain text in which every token is trained."""
+
+    verb: ClassVar[str] = "pt"
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        yield from SftConfig.idle(self)
+        yield ("system", "loss_scale", "response_prefix", "enable_thinking"), "plain text has no turns"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -284,7 +314,8 @@ class InferConfig(Config):
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from _idle_parallel(self.parallel)
-        yield ("dataset", "split_dataset_ratio"), "infer answers the rows of --val_dataset"
+        yield ("dataset", "split_dataset_ratio", "interleave_prob", "stopping_strategy"), "infer answers the rows of --val_dataset"
+        yield ("streaming", "shuffle_buffer_size"), "infer reads all rows first"
         yield ("loss_scale",), "nothing is trained"
         if not self.data.val_dataset:
             yield (

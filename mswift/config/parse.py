@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from mswift.config import aliases
-from mswift.config.configs import Config, ExportConfig, InferConfig, SftConfig, VerifyConfig
+from mswift.config.configs import Config, ExportConfig, InferConfig, PtConfig, SftConfig, VerifyConfig
 from mswift.config.fields import Flag, nearest, plain, shown
 from mswift.config.known import NOT_YET, SWITCHES_OFF
 from mswift.config.saved import apply_saved
@@ -21,6 +21,7 @@ from mswift.errors import ConfigError
 
 CONFIGS: dict[str, type[Config]] = {
     "sft": SftConfig,
+    "pt": PtConfig,
     "infer": InferConfig,
     "export": ExportConfig,
     "merge-lora": ExportConfig,
@@ -55,7 +56,7 @@ class Parsed:
 
 
 @overload
-def parse_command(verb: Literal["sft"], argv: Sequence[str]) -> SftConfig: ...
+def parse_command(verb: Literal["sft", "pt"], argv: Sequence[str]) -> SftConfig: ...
 @overload
 def parse_command(verb: Literal["infer"], argv: Sequence[str]) -> InferConfig: ...
 @overload
@@ -266,7 +267,8 @@ class _Reader:
         if hint or name in NOT_YET or name in aliases.NEUTRAL:
             raise ConfigError(f"{given.label} is not supported yet{advice}")
         if owners:
-            raise ConfigError(f"{given.label} is a flag of mswift {' and '.join(owners)}, not of mswift {self.verb}")
+            listed = f"{', '.join(owners[:-1])} and {owners[-1]}" if len(owners) > 1 else owners[0]
+            raise ConfigError(f"{given.label} is a flag of mswift {listed}, not of mswift {self.verb}")
         names = {old: new for old, new in aliases.RENAMED.items() if new in self.flags} | {flag: flag for flag in self.flags}
         near = nearest(name, list(names))
         suggestion = f"; did you mean {'' if given.from_file else '--'}{names[near]}?" if near else f"; mswift {self.verb} --help lists all"

@@ -57,8 +57,28 @@ class DataSection:
     columns: dict[str, str] = option({}, "Names of columns in the data -> names that mswift knows")
     disable_auto_column_mapping: bool = option(False, "Take only the names that mswift knows, and not prompt, answer, ... for them")
     max_bad_rows_ratio: float = option(0.01, "Share of rows that may be left out because something is wrong with them", limits=_SHARE)
+    interleave_prob: list[str] = option([], "Share of each entry of --dataset in an epoch, as @ in their names", auto="all rows", metavar="X ...")
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = option(
+        "first_exhausted", "With shares an epoch ends when one source is through, or when all are"
+    )
+    streaming: bool = option(False, "Read rows while training instead of before it; for data that is too large to be held")
+    shuffle_buffer_size: int = option(1000, "With streaming: rows that are held to be shuffled, over all processes", limits=_POSITIVE)
     custom_dataset_info: list[str] = option([], "JSON files that describe data sets by name", metavar="FILE ...")
     external_plugins: list[str] = option([], "Python files to run first, which may register data sets", metavar="FILE ...")
+
+    def shares(self) -> list[float]:
+        """The numbers of ``--interleave_prob``.
+
+        Raises:
+            ConfigError: one is no number above 0.
+        """
+        try:
+            numbers = [float(text) for text in self.interleave_prob]
+        except ValueError:
+            numbers = [0.0]
+        if not all(0 < number < float("inf") for number in numbers):
+            raise ConfigError(f"--interleave_prob: got {' '.join(self.interleave_prob)}, wanted numbers above 0 such as 0.7 0.3")
+        return numbers
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from mswift.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Message: TypeAlias = dict[str, Any]
 """``role``, ``content`` (a text or a list of blocks), and optionally ``tool_calls``, ``reasoning_content``, ``loss``, ``loss_scale``."""
@@ -44,6 +49,18 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+class RowEncoder(Protocol):
+    """What makes training rows of conversations: a chat template, or plain text."""
+
+    tokenizer: PreTrainedTokenizerFast
+
+    def identity(self) -> dict[str, str]:
+        """Digests of all that the tokens of a row depend on, by what a user would call it."""
+
+    def encode_batch(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | DataError]:
+        """The rows of each, or what is wrong with it."""
 
 
 def join_path(index: int, field_name: str = "") -> str:

@@ -151,8 +151,8 @@ def test_mistakes_on_the_command_line(words: str, message: str) -> None:
         ("sft", ["-1", *BASE], "got '-1', wanted a flag such as --model, or a file that ends in .yaml, .yml or .json, first"),
         ("sft", [], "--model is required: give a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or the directory of a checkpoint"),
         ("sft", ["--model", "m"], "--dataset is required: give one or more files, folders or hub ids"),
-        ("infer", ["--model", "m", "--lora_rank", "4"], "--lora_rank is a flag of mswift sft, not of mswift infer"),
-        ("export", ["--seed", "4"], "--seed is a flag of mswift sft and infer, not of mswift export"),
+        ("infer", ["--model", "m", "--lora_rank", "4"], "--lora_rank is a flag of mswift sft and pt, not of mswift infer"),
+        ("export", ["--seed", "4"], "--seed is a flag of mswift sft, pt and infer, not of mswift export"),
         ("merge-lora", ["--model", "m"], "--adapters is required to merge: give the folder of a PEFT adapter"),
         ("sft", ["missing.yaml"], "missing.yaml cannot be read: No such file or directory; check its name"),
     ],
@@ -262,7 +262,7 @@ def test_use_hf_from_the_environment() -> None:
 
 
 def test_verbs_and_their_configs() -> None:
-    own = {verb: verb for verb in ("sft", "infer", "export", "verify")}
+    own = {verb: verb for verb in ("sft", "pt", "infer", "export", "verify")}
     assert {verb: config.verb for verb, config in CONFIGS.items()} == {**own, "merge-lora": "export"}
     assert isinstance(parse_command("infer", ["--model", "m"]), InferConfig)
     merge = parse_command("merge-lora", ["--model", "m", "--adapters", "a"])
