@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mswift.engines.megatron_model import MegatronModel
     from mswift.parallel.groups import Groups
     from mswift.runtime.device import Runtime
+    from mswift.templates import RowEncoder
     from mswift.templates.chat import ChatTemplate
 
 T = TypeVar("T")
@@ -224,6 +225,17 @@ def make_template(directory: Path, model: ModelSection, template: TemplateSectio
     read_hf_config(directory, trust_remote_code=model.trust_remote_code)  # the tokenizer reads it too, and would be blamed for it
     tokenizer = load_tokenizer(directory, trust_remote_code=model.trust_remote_code)
     return ChatTemplate(tokenizer, system=template.system, loss_scale=template.loss_scale, enable_thinking=template.enable_thinking)
+
+
+def make_encoder(directory: Path, config: SftConfig) -> RowEncoder:
+    """What makes tokens of the rows of a run: plain text for ``mswift pt``, else the checkpoint's chat template. Raises as `make_template`."""
+    from mswift.families.model import read_hf_config
+    from mswift.templates import PlainText
+
+    if config.verb != "pt":
+        return make_template(directory, config.model, config.template)
+    read_hf_config(directory, trust_remote_code=config.model.trust_remote_code)
+    return PlainText(load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code))
 
 
 def load_model(session: Session, model: ModelSection, parallel: ParallelSection, *, deferred: bool = False, **transformer: Any) -> MegatronModel:

@@ -17,18 +17,17 @@ from mswift.commands.session import (
     find_adapter,
     find_model,
     load_model,
-    make_template,
+    make_encoder,
     open_session,
     shared,
 )
-from mswift.commands.tokens import encode, make_batches, read_rows
+from mswift.commands.training_data import TrainingData, open_data, read_training
 from mswift.config import SftConfig, format_table
 from mswift.errors import CheckpointError, ConfigError, one_line
 from mswift.log import get_logger, is_main_process
 
 if TYPE_CHECKING:
-    from mswift.data import TokenRows
-    from mswift.data.batches import Batches
+    from mswift.data.batches import StepSource
     from mswift.engines.megatron import MegatronEngine
     from mswift.train.folders import RunIdentity
     from mswift.train.state import Callback, TrainState
@@ -64,25 +63,22 @@ def sft(config: SftConfig) -> None:
     resume_from = _check_files(config, output_dir)
     directory = find_model(config.model)
     _check_resume(config, resume_from, directory)
-    train_rows, eval_rows = read_rows(config)
+    rows = read_training(config)
     with open_session(directory, config.parallel, config.runtime) as session:
         output_dir = shared(output_dir)  # --add_version names it by each rank's own clock
-        template = make_template(directory, config.model, config.template)
-        train_data, eval_data = encode(config, template, train_rows, eval_rows, output_dir, directory)
+        template = make_encoder(directory, config)
+        data = open_data(config, session, template, rows, output_dir)
         engine = _make_engine(config, session, data_seed=config.train.seed)
         hidden_size = engine.config.hidden_size
-        batches = make_batches(config, session, train_data, template, hidden_size=hidden_size)
-        eval_batches = None
-        if eval_data is not None:
-            eval_batches = make_batches(config, session, eval_data, template, hidden_size=hidden_size, evaluation=True)
-        identity = _identity(config, engine, directory, train_data, batches.global_batch_size)
+        batches, eval_batches = data.batches(config, session, template, hidden_size=hidden_size)
+        identity = _identity(config, engine, directory, data, batches.global_batch_size)
         start = _resume(engine, resume_from, identity)
         counts = engine.parameter_counts()  # all ranks count; one speaks
         adapted = engine.model.adapter_coverage if engine.model.lora is not None else ""
-        _prepare_output(config, output_dir, keep_report=train_data.report.num_dropped > 0)
+        _prepare_output(config, output_dir, keep_report=data.report.num_dropped > 0)
         if is_main_process():
-            _announce(config, engine, counts, adapted, train_data, eval_data, output_dir)
-        _train(config, engine, batches, eval_batches, identity, output_dir, start, started)
+            _announce(config, engine, counts, adapted, data, output_dir)
+        _train(config, engine, batches, eval_batches, identity, data, output_dir, start, started)
         if config.save.merge_lora and config.tuner.tuner_type == "lora":
             engine.model.export_merged(output_dir / "merged", max_shard_size=config.save.max_shard_size, exist_ok=True)
     if is_main_process():
@@ -172,7 +168,7 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
     return MegatronEngine(model, settings, seed=train.seed, source=config.model.model)
 
 
-def _identity(config: SftConfig, engine: MegatronEngine, directory: Path, data: TokenRows, global_batch_size: int) -> RunIdentity:
+def _identity(config: SftConfig, engine: MegatronEngine, directory: Path, data: TrainingData, global_batch_size: int) -> RunIdentity:
     from mswift.train.folders import RunIdentity, fingerprint_model
 
     return RunIdentity(
@@ -199,8 +195,7 @@ def _announce(
     engine: MegatronEngine,
     counts: tuple[int, int],
     adapted: str,
-    train: TokenRows,
-    evaluation: TokenRows | None,
+    data: TrainingData,
     output_dir: Path,
 ) -> None:
     """The table, once; what was made of the data and the model in a line each."""
@@ -213,12 +208,12 @@ def _announce(
     logger.info("layout: %s on %s", engine.groups.layout.describe(), engine.device.type)
     if model.padded_heads:
         logger.info("layout: %s", model.padded_heads)
-    held_out = f", {len(evaluation)} held out" if evaluation is not None else ""
-    logger.info("data: %d rows, %s tokens, longest %d%s", len(train), f"{train.num_tokens:,}", int(train.lengths.max()), held_out)
-    if train.report.num_dropped:
-        logger.warning("%s; see %s", ", ".join(train.report.lines()), output_dir / REPORT_NAME)
-    if evaluation is not None and evaluation.report.num_dropped:
-        logger.warning("validation: %s", ", ".join(evaluation.report.lines()))
+    for line in data.said:
+        logger.info("%s", line)
+    if data.report.num_dropped:
+        logger.warning("%s; see %s", ", ".join(data.report.lines()), output_dir / REPORT_NAME)
+    if data.evaluation is not None and data.evaluation.report.num_dropped:
+        logger.warning("validation: %s", ", ".join(data.evaluation.report.lines()))
 
 
 def _name(dtype: object) -> str:
@@ -276,9 +271,10 @@ def _callbacks(config: SftConfig, output_dir: Path) -> list[Callback]:
 def _train(
     config: SftConfig,
     engine: MegatronEngine,
-    batches: Batches,
-    eval_batches: Batches | None,
+    batches: StepSource,
+    eval_batches: StepSource | None,
     identity: RunIdentity,
+    data: TrainingData,
     output_dir: Path,
     start: int,
     started: float,
@@ -293,7 +289,7 @@ def _train(
     total = config.train.max_steps or max(1, round(batches.steps_per_epoch * config.train.num_train_epochs))
     warmup = optim.warmup_steps or round(optim.warmup_ratio * total)
     schedule = LearningRate(config.learning_rate, total, warmup, optim.min_lr, optim.lr_scheduler_type)
-    writer = CheckpointWriter(engine, identity, _model_writer(config, engine), keep=config.save.save_total_limit)
+    writer = CheckpointWriter(engine, identity, _model_writer(config, engine), keep=config.save.save_total_limit, notes=data.notes)
 
     def save(state: TrainState) -> Path:
         return writer.save(output_dir, state.step)
@@ -316,6 +312,7 @@ def _train(
         logger.info("nothing to train: checkpoint-%d has all %d steps; more come with a larger --max_steps or --num_train_epochs", start, total)
     try:
         loop.run(state)
+        data.finish()
     except OSError as error:  # the files of the log; those of a checkpoint have an error of their own
         raise CheckpointError(
             f"cannot write to {output_dir}: {one_line(error)}; free some space, then go on with --resume_from_checkpoint auto"

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from mswift.commands.session import Session
     from mswift.data import TokenRows
     from mswift.data.batches import Batches
+    from mswift.data.encoded import TokenSink
+    from mswift.data.mixing import Mixture
     from mswift.data.packing import PackIndex
     from mswift.data.rows import Row
-    from mswift.templates.chat import ChatTemplate
+    from mswift.templates import RowEncoder
 
 logger = get_logger(__name__)
 
@@ -45,9 +47,19 @@ def model_limit(directory: Path) -> int | None:
 
 
 def encode(
-    config: SftConfig, template: ChatTemplate, train_rows: list[Row], eval_rows: list[Row], output_dir: Path, directory: Path
+    config: SftConfig,
+    template: RowEncoder,
+    train_rows: list[Row],
+    eval_rows: list[Row],
+    output_dir: Path,
+    directory: Path,
+    *,
+    sink: TokenSink | None = None,
 ) -> tuple[TokenRows, TokenRows | None]:
     """Tokens to train on and to evaluate on: rows that are encoded now, then those of cached data sets.
+
+    Args:
+        sink: what takes the training rows that are encoded now; None: memory.
 
     Raises:
         DataError: no row is left, or a cached data set is not of this tokenizer, template and length.
@@ -63,11 +75,30 @@ def encode(
             "max_bad_share": config.data.max_bad_rows_ratio,
             "progress": progress,
         }
-        train = [encode_dataset(train_rows, template, report_dir=output_dir if is_main_process() else None, **settings)] if train_rows else []
+        report_dir = output_dir if is_main_process() else None
+        train = [encode_dataset(train_rows, template, report_dir=report_dir, sink=sink, **settings)] if train_rows else []
         evaluation = [encode_dataset(eval_rows, template, **settings)] if eval_rows else []
     train += _cached(config, template, config.packing.cached_dataset, "train", settings["max_length"])
     evaluation += _cached(config, template, config.packing.cached_val_dataset, "val", settings["max_length"])
     return _joined(train), _joined(evaluation) if evaluation else None
+
+
+def encode_evaluation(config: SftConfig, template: RowEncoder, rows: list[Row], directory: Path) -> TokenRows | None:
+    """Rows to evaluate on as tokens, where there are any. Raises `DataError` where none of them is left."""
+    from mswift.data import encode_dataset
+
+    if not rows:
+        return None
+    data = config.data
+    return encode_dataset(
+        rows,
+        template,
+        max_length=data.max_length or model_limit(directory),
+        truncation=data.truncation_strategy,
+        num_proc=data.dataset_num_proc,
+        strict=data.strict,
+        max_bad_share=data.max_bad_rows_ratio,
+    )
 
 
 def _joined(data: list[TokenRows]) -> TokenRows:
@@ -76,7 +107,7 @@ def _joined(data: list[TokenRows]) -> TokenRows:
     return join(data, data[0].report)
 
 
-def _cached(config: SftConfig, template: ChatTemplate, names: list[str], part: str, limit: int | None) -> list[TokenRows]:
+def _cached(config: SftConfig, template: RowEncoder, names: list[str], part: str, limit: int | None) -> list[TokenRows]:
     from mswift.data.cache import check_cached, find_cached, load_cached
 
     for name in names:
@@ -85,9 +116,19 @@ def _cached(config: SftConfig, template: ChatTemplate, names: list[str], part: s
 
 
 def make_batches(
-    config: SftConfig, session: Session, data: TokenRows, template: ChatTemplate, *, hidden_size: int, evaluation: bool = False
+    config: SftConfig,
+    session: Session,
+    data: TokenRows,
+    template: RowEncoder,
+    *,
+    hidden_size: int,
+    evaluation: bool = False,
+    mixture: Mixture | None = None,
 ) -> Batches:
     """The micro batches of this rank.
+
+    Args:
+        mixture: which rows an epoch has; None: every one once.
 
     Raises:
         DataError: a row is longer than a pack.
@@ -109,6 +150,7 @@ def make_batches(
         pad_to_multiple=layout.tp if config.parallel.sequence_parallel else 1,
         padding_free=config.packing.padding_free,
         packs=packs,
+        mixture=mixture,
         linear_cost=12 * hidden_size,
     )
     if packs is not None and is_main_process():
@@ -135,7 +177,7 @@ def _packs(config: SftConfig, data: TokenRows, directory: Path, *, evaluation: b
     )
 
 
-def write_cached(config: ExportConfig, template: ChatTemplate, directory: Path, target: Path) -> str:
+def write_cached(config: ExportConfig, template: RowEncoder, directory: Path, target: Path) -> str:
     """Write ``--dataset`` as tokens into ``target/train``, and rows to evaluate on into ``target/val``; returns what was written, for people.
 
     Raises:

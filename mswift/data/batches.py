@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,16 @@ class MicroBatch:
 
         shares: dict[str, Any] = {name: cut(getattr(self, name), value) for name, value in fill.items()}
         return replace(self, **shares)
+
+
+class StepSource(Protocol):
+    """What a run takes its micro batches from."""
+
+    global_batch_size: int
+    steps_per_epoch: int
+
+    def step(self, k: int) -> list[MicroBatch]:
+        """This rank's micro batches of global step ``k``; every rank has the same number of them."""
 
 
 class Batches:

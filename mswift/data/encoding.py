@@ -17,7 +17,7 @@ from mswift.data.encoded import Ids, Integers, MemorySink, TokenRows, TokenSink,
 from mswift.data.report import LengthReport
 from mswift.data.rows import BadRows, Row
 from mswift.errors import DataError
-from mswift.templates import ChatTemplate, Conversation
+from mswift.templates import Conversation, RowEncoder
 
 Truncation: TypeAlias = Literal["delete", "left", "right", "split"]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -44,7 +44,7 @@ class EncodedChunk:
 
 def encode_dataset(
     rows: Iterable[Row],
-    template: ChatTemplate,
+    template: RowEncoder,
     *,
     max_length: int | None = None,
     truncation: Truncation = "delete",
@@ -102,7 +102,7 @@ def to_conversation(row: Row) -> Conversation:
 # ---- tokens ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def encode_chunk(template: ChatTemplate, conversations: Sequence[Conversation]) -> EncodedChunk:
+def encode_chunk(template: RowEncoder, conversations: Sequence[Conversation]) -> EncodedChunk:
     """Some rows with one call of the tokenizer."""
     made, origins, refused = [], [], {}
     for number, result in enumerate(template.encode_batch(conversations)):
@@ -117,7 +117,7 @@ def encode_chunk(template: ChatTemplate, conversations: Sequence[Conversation]) 
     return EncodedChunk(ids, weights, lengths, np.asarray(origins, np.int64), refused)
 
 
-def _encode_all(rows: Iterable[Row], template: ChatTemplate, num_proc: int) -> Iterator[tuple[list[Row], EncodedChunk]]:
+def _encode_all(rows: Iterable[Row], template: RowEncoder, num_proc: int) -> Iterator[tuple[list[Row], EncodedChunk]]:
     """Chunks of rows with what became of them, in order; only so many are held as keep the processes busy."""
     source = iter(rows)
     chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
@@ -137,10 +137,10 @@ def _encode_all(rows: Iterable[Row], template: ChatTemplate, num_proc: int) -> I
             yield done, future.result()
 
 
-_worker: list[ChatTemplate] = []  # one a process: sending the tokenizer with every chunk would cost more than encoding it
+_worker: list[RowEncoder] = []  # one a process: sending the tokenizer with every chunk would cost more than encoding it
 
 
-def _start_worker(template: ChatTemplate) -> None:
+def _start_worker(template: RowEncoder) -> None:
     _worker[:] = [template]
 
 

@@ -7,6 +7,7 @@ where it stopped: it shows every row once before it shows one again.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -14,6 +15,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from mswift.data.encoded import Ids, MemorySink, Weights
+from mswift.data.rows import Row
 from mswift.errors import DataError
 
 Integers: TypeAlias = npt.NDArray[np.int64]
@@ -131,6 +134,20 @@ class Mixture:
         if not self.shuffle:
             return np.arange(size)
         return np.random.Generator(np.random.PCG64([self.seed, 1 + source, number])).permutation(size)
+
+
+class EntryCounts(MemorySink):
+    """Keeps encoded rows in memory, and counts the rows and tokens of each entry of ``--dataset``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.tokens = Counter[int](), Counter[int]()
+
+    def add(self, ids: Ids, weights: Weights, lengths: Integers, origins: Sequence[Row]) -> None:
+        super().add(ids, weights, lengths, origins)
+        for row, length in zip(origins, lengths.tolist(), strict=True):
+            self.rows[row.entry] += 1
+            self.tokens[row.entry] += length
 
 
 def table(names: Sequence[str], mixture: Mixture, tokens: Sequence[int]) -> list[str]:

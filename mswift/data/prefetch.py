@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from mswift.data.batches import Batches, MicroBatch
+from mswift.data.batches import MicroBatch, StepSource
 
 
 class Prefetcher:
@@ -23,7 +23,7 @@ class Prefetcher:
     An exception in the thread is raised in the consumer, at the step that it belongs to. `close` ends the thread; leaving a ``with`` does too.
     """
 
-    def __init__(self, batches: Batches, start: int = 0, *, stop: int | None = None, depth: int = 2) -> None:
+    def __init__(self, batches: StepSource, start: int = 0, *, stop: int | None = None, depth: int = 2) -> None:
         self._batches, self._stop = batches, stop
         self._ready: queue.Queue[tuple[int, list[MicroBatch]] | Exception | None] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()

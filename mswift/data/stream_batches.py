@@ -16,7 +16,7 @@ from mswift.data.report import LengthReport
 from mswift.data.rows import Recognised, Row
 from mswift.data.streaming import StreamPlan, Ticket
 from mswift.errors import DataError
-from mswift.templates import ChatTemplate
+from mswift.templates import RowEncoder
 
 _TRUSTED_AFTER = 1000  # rows: before that one bad row says nothing about a share
 
@@ -47,7 +47,7 @@ class StreamBatches:
     def __init__(
         self,
         plan: StreamPlan,
-        template: ChatTemplate,
+        template: RowEncoder,
         reading: ReadSettings,
         shape: BatchShape,
         *,

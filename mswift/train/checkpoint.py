@@ -36,8 +36,17 @@ logger = get_logger(__name__)
 class CheckpointWriter:
     """Saves an engine's state under an output directory, keeps the newest `keep`."""
 
-    def __init__(self, engine: Engine, identity: RunIdentity, write_model: Callable[[Path], None], *, keep: int | None = None) -> None:
-        self.engine, self.identity, self.write_model, self.keep = engine, identity, write_model, keep
+    def __init__(
+        self,
+        engine: Engine,
+        identity: RunIdentity,
+        write_model: Callable[[Path], None],
+        *,
+        keep: int | None = None,
+        notes: Callable[[int], dict[str, object]] | None = None,
+    ) -> None:
+        """`notes` of a step are written into `RESUME_FILE`, for people."""
+        self.engine, self.identity, self.write_model, self.keep, self.notes = engine, identity, write_model, keep, notes
 
     def save(self, output_dir: Path, step: int) -> Path:
         """Write ``checkpoint-<step>``; all ranks call it.
@@ -87,7 +96,9 @@ class CheckpointWriter:
         def write_point() -> None:
             if is_main_process():
                 layout = self.engine.groups.layout
-                ResumePoint(step, self.identity, state_files(draft)).write(draft, world=layout.world, layout=layout.describe())
+                ResumePoint(step, self.identity, state_files(draft)).write(
+                    draft, world=layout.world, layout=layout.describe(), **(self.notes(step) if self.notes else {})
+                )
 
         agree(attempt(write_point), what)
 

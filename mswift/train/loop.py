@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mswift.data.batches import Batches
+from mswift.data.batches import StepSource
 from mswift.data.prefetch import Prefetcher
 from mswift.engines.base import Engine, StepResult
 from mswift.errors import MswiftError
@@ -60,11 +60,11 @@ class TrainLoop:
         self,
         engine: Engine,
         objective: Objective,
-        batches: Batches,
+        batches: StepSource,
         schedule: LearningRate,
         settings: LoopSettings,
         *,
-        eval_batches: Batches | None = None,
+        eval_batches: StepSource | None = None,
         save: SaveCheckpoint | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
