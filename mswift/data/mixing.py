@@ -7,6 +7,7 @@ where it stopped: it shows every row once before it shows one again.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def quotas(sizes: Sequence[int], shares: Sequence[float] | None, stopping: Stopp
     if shares is None:
         return list(sizes)
     bounds = [size / share for size, share in zip(sizes, shares, strict=True)]
-    total = int(min(bounds) + 1e-9) if stopping == "first_exhausted" else -int(-max(bounds) + 1e-9)
+    total = math.floor(min(bounds) + 1e-9) if stopping == "first_exhausted" else math.ceil(max(bounds) - 1e-9)
     found = _rounded(shares, total)
     if min(found) < 1:
         starved = found.index(min(found))

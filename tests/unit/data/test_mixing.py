@@ -90,6 +90,8 @@ def test_mixtures_without_rows() -> None:
     with pytest.raises(DataError, match=r"gives entry 2 of --dataset no row in an epoch of 5: its share is 0\.10%; raise it, or take"):
         quotas([5, 5], [0.999, 0.001])
     assert quotas([5, 7], None) == [5, 7]
+    assert quotas([30, 10], [0.5, 0.5], "all_exhausted") == [30, 30]
+    assert quotas([30, 10], [0.5, 0.5]) == [10, 10]
 
 
 def test_the_table_says_what_an_epoch_holds() -> None:
