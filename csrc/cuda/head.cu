@@ -16,6 +16,7 @@ struct Head {
   const int64_t* labels;
   int64_t tokens, first, count;  // first row of the vocabulary in this chunk; how many rows of it are not padding
   float scale, softcap;
+  bool without_label;
   float* partial;                               // STATISTICS, SWEEP
   const float *reference, *lse, *coefficients;  // SWEEP and REPAIR; GRADIENT
   const int32_t* flags;                         // REPAIR
@@ -43,14 +44,32 @@ __device__ __forceinline__ float logit(const Head& h, float product, const bf16*
 }
 __device__ __forceinline__ float slope_of(float softcap, float z) { return softcap > 0.0f ? 1.0f - (z / softcap) * (z / softcap) : 1.0f; }
 
-// Rows of a tile are spread over four lanes of each of WARPS_N warps: first the lanes by shuffles, then the warps through shared memory.
-__device__ __forceinline__ void note_statistics(const Tile<S>& z, SharedPtr<Part> parts, SharedPtr<float> label_logit, SharedPtr<int> label) {
-  const int warp_n = threadIdx.x / WARP % S::WARPS_N;
+// The logit of the label is noted, and leaves the tile where it is not to be counted with the others.
+template <bool NOTES> __device__ __forceinline__ void part_with_label(Tile<S>& z, SharedPtr<int> label, SharedPtr<float> label_logit, bool leaves) {
 #pragma unroll
   for (int i = 0; i < S::MF; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = row_of<S>(i, half * 2), wanted = label[row];
+#pragma unroll
+      for (int j = 0; j < S::NF; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          if (column_of<S>(j, e) != wanted || z[i][j][half * 2 + e] == -INFINITY) continue;  // beyond the rows here it is another rank's
+          if (NOTES) label_logit[row] = z[i][j][half * 2 + e];
+          if (leaves) z[i][j][half * 2 + e] = -INFINITY;
+        }
+    }
+}
+
+// Rows of a tile are spread over four lanes of each of WARPS_N warps: first the lanes by shuffles, then the warps through shared memory.
+__device__ __forceinline__ void note_statistics(const Tile<S>& z, SharedPtr<Part> parts) {
+  const int warp_n = threadIdx.x / WARP % S::WARPS_N;
+#pragma unroll
+  for (int i = 0; i < S::MF; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = row_of<S>(i, half * 2);
       float top = -INFINITY;
 #pragma unroll
       for (int j = 0; j < S::NF; j++) top = fmaxf(top, fmaxf(z[i][j][half * 2], z[i][j][half * 2 + 1]));
@@ -65,7 +84,6 @@ __device__ __forceinline__ void note_statistics(const Tile<S>& z, SharedPtr<Part
           if (value == -INFINITY) continue;
           const float above = value - top, power = fast_exp(above);
           sum += power, spread += power * above, total += value;
-          if (column_of<S>(j, e) == wanted) label_logit[row] = value;
         }
 #pragma unroll
       for (int mask = 1; mask < 4; mask <<= 1) sum += shuffle_xor(sum, mask), spread += shuffle_xor(spread, mask), total += shuffle_xor(total, mask);
@@ -113,11 +131,11 @@ template <int MODE> __device__ __forceinline__ void write_tile(const Head& h, co
 }
 
 template <int MODE> __global__ void __launch_bounds__(S::THREADS, 2) head_tiles(const Head h) {
-  constexpr bool COUNTS = MODE == STATISTICS || MODE == SWEEP, WRITES = MODE != STATISTICS, LABELS = MODE != REPAIR;
+  constexpr bool COUNTS = MODE == STATISTICS || MODE == SWEEP, WRITES = MODE != STATISTICS;
   DYNAMIC_SHARED(Chunk, stages, S::STAGE * STAGES);
   SHARED(Part, parts, COUNTS ? S::WARPS_N * S::BM : 1);
   SHARED(float, label_logit, COUNTS ? S::BM : 1);
-  SHARED(int, label, LABELS ? S::BM : 1);
+  SHARED(int, label, S::BM);
   SHARED(float, of, MODE == GRADIENT ? 5 * S::BM : WRITES ? S::BM : 1);
   if (MODE == REPAIR && load(h.flags + blockIdx.x) == 0) return;
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * S::BM;
@@ -129,7 +147,7 @@ template <int MODE> __global__ void __launch_bounds__(S::THREADS, 2) head_tiles(
   }
   for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     const int64_t v0 = static_cast<int64_t>(tile) * S::BN;
-    if (LABELS && tid < S::BM) {
+    if (tid < S::BM) {
       const int64_t at = t0 + tid < h.tokens ? load(h.labels + t0 + tid) - (FAULT(18) ? 0 : h.first) - v0 : -1;
       label[tid] = at >= 0 && at < S::BN ? static_cast<int>(at) : -1;
     }
@@ -143,9 +161,10 @@ template <int MODE> __global__ void __launch_bounds__(S::THREADS, 2) head_tiles(
       for (int j = 0; j < S::NF; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) z[i][j][e] = logit(h, z[i][j][e], bias, column_of<S>(j, e), real);
+    if (COUNTS || h.without_label) part_with_label<COUNTS>(z, label, label_logit, h.without_label);
     if (WRITES) write_tile<MODE>(h, z, of, label, h.out + t0 * h.stride + v0, static_cast<int>(min(h.tokens - t0, static_cast<int64_t>(S::BM))));
     if (COUNTS) {
-      note_statistics(z, parts, label_logit, label);
+      note_statistics(z, parts);
       if (!FAULT(19)) sync_block();
       if (tid < S::BM)
         for (int w = 0; w < S::WARPS_N; w++) mine = merge(mine, parts[w * S::BM + tid]);
@@ -267,7 +286,7 @@ Head head_of(const mswift_head& a, int64_t begin, int64_t count) {
   h.labels = a.labels, h.tokens = a.tokens, h.first = a.first + begin;
   const int64_t real = a.size - h.first;
   h.count = real < 0 ? 0 : real < count ? real : count;
-  h.scale = a.scale, h.softcap = a.softcap;
+  h.scale = a.scale, h.softcap = a.softcap, h.without_label = a.without_label != 0;
   return h;
 }
 template <int MODE> int run(const Head& h, int64_t splits, Stream stream) {

@@ -262,6 +262,7 @@ int run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void(
 }  // namespace emu
 
 extern "C" {
+const char* mswift_cuda_error(int) { return emu::state().message.c_str(); }
 const char* emu_message() { return emu::state().message.c_str(); }
 void emu_configure(unsigned seed, int fault) {
   emu::state().seed = seed;

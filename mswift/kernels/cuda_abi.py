@@ -55,6 +55,7 @@ class Head(ctypes.Structure):
         *((name, c_int64) for name in ("tokens", "hidden", "vocab", "first", "size")),
         ("scale", c_float),
         ("softcap", c_float),
+        ("without_label", c_int),
     )
 
 

@@ -187,4 +187,36 @@ def plain_finish(emulator: Emulator, random: np.random.Generator) -> None:
     close(dx, wide(acc), 1e-7)
 
 
-CASES = {case.__name__: case for case in (statistics, gradient, sweep, plain_finish)}
+def without_label(emulator: Emulator, random: np.random.Generator) -> None:
+    """Sums over all rows but the label's, which dominates by a thousand; the same rows averaged for both kinds of gradient."""
+    tokens, hidden, vocab, cap = 4, 24, 150, 0.0
+    case = problem(random, tokens, hidden, vocab, softcap=cap)
+    weight = wide(case.weight)
+    weight[case.labels] = wide(case.x) * 40
+    case = case._replace(weight=rounded(weight))
+    structure = head(x=case.x, weight=case.weight, labels=case.labels, tokens=tokens, hidden=hidden, vocab=vocab, size=vocab, softcap=cap, without_label=1)
+    z = case.logits()
+    others = np.ones_like(z, dtype=bool)
+    others[np.arange(tokens), case.labels] = False
+    top = np.where(others, z, -np.inf).max(1)
+    e = np.where(others, np.exp(np.where(others, z, 0) - top[:, None]), 0)
+    stats, reference, acc, factors = unwritten(5, tokens), unwritten(tokens), unwritten(tokens, hidden), unwritten(2, tokens)
+    scratch, partial, flags = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(2, 5, tokens), unwritten(1, dtype=np.int32)
+    arguments = (structure, stats, reference, acc, scratch, abi.CHUNK, partial, 2, factors, flags)
+    emulator.call("mswift_head_sweep", *arguments, out=(stats, reference, acc, scratch, partial, factors, flags))
+    close(stats[0], top, 1e-6)
+    close(reference, top, 1e-6)
+    logit_error = 3e-7 * np.abs(z).max()  # which is the relative error of its exponential
+    close(stats[1], e.sum(1), logit_error)
+    close(stats[2], z[np.arange(tokens), case.labels], 1e-6)
+    close(stats[3], (e * (z - top[:, None]) * others).sum(1), logit_error)
+    within(acc, e @ wide(case.weight), e @ np.abs(wide(case.weight)))
+    coefficients, dx = np.zeros((4, tokens), dtype=np.float32), unwritten(tokens, hidden)
+    coefficients[2] = 1
+    arguments = (structure, reference, coefficients, scratch, abi.CHUNK, dx, None, 0, 0, None, None)
+    emulator.call("mswift_head_gradient", *arguments, out=(scratch, dx))
+    weighted = e * np.where(others, z - top[:, None], 0)
+    within(dx, weighted @ wide(case.weight), np.abs(weighted) @ np.abs(wide(case.weight)))
+
+
+CASES = {case.__name__: case for case in (statistics, gradient, sweep, plain_finish, without_label)}
