@@ -194,7 +194,9 @@ def without_label(emulator: Emulator, random: np.random.Generator) -> None:
     weight = wide(case.weight)
     weight[case.labels] = wide(case.x) * 40
     case = case._replace(weight=rounded(weight))
-    structure = head(x=case.x, weight=case.weight, labels=case.labels, tokens=tokens, hidden=hidden, vocab=vocab, size=vocab, softcap=cap, without_label=1)
+    structure = head(
+        x=case.x, weight=case.weight, labels=case.labels, tokens=tokens, hidden=hidden, vocab=vocab, size=vocab, softcap=cap, without_label=1
+    )
     z = case.logits()
     others = np.ones_like(z, dtype=bool)
     others[np.arange(tokens), case.labels] = False

@@ -1,0 +1,67 @@
+"""The vocabulary's head on CUDA: what `mswift::linear_softmax` and `mswift::linear_softmax_grad_weight` say, bf16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mswift.kernels import cuda_abi as abi
+from mswift.kernels.cuda import Library, dtype_of, pointer
+
+_VOCABULARY_CHUNK = 64 * abi.CHUNK
+_LOWEST = -1e30
+
+
+def _head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int, scale: float, cap: float, *, without_label: int
+) -> abi.Head:
+    """Labels count from the first row that is here."""
+    sizes = {"tokens": len(hidden), "hidden": hidden.shape[1], "vocab": weight.shape[0], "first": 0, "size": valid}
+    pointers = {"x": pointer(hidden), "weight": pointer(weight), "bias": pointer(bias), "labels": pointer(labels)}
+    return abi.Head(**pointers, **sizes, scale=scale, softcap=cap, without_label=without_label)
+
+
+def linear_softmax(
+    library: Library, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int, scale: float, cap: float, gradient: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics fp32 ``[4, tokens]`` over all valid rows but the label's, and the rows averaged under them: see `linear_softmax.Statistics`."""
+    tokens, width = hidden.shape
+    head = _head(hidden, weight, bias, labels, valid, scale, cap, without_label=1)
+    stats = hidden.new_empty(5, tokens, dtype=torch.float32)
+    mean, mean2 = (hidden.new_empty(tokens if gradient >= level else 0, width, dtype=torch.float32) for level in (1, 2))
+    splits = max(1, min(64, 432 // max(1, (tokens + abi.CHUNK - 1) // abi.CHUNK), (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK))
+    partial = hidden.new_empty(splits, 5, tokens, dtype=torch.float32)
+    chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
+    if gradient:
+        reference, factors = torch.empty_like(stats[0]), hidden.new_empty(2, tokens, dtype=torch.float32)
+        flags = hidden.new_empty((tokens + abi.CHUNK - 1) // abi.CHUNK, dtype=torch.int32)
+        scratch = hidden.new_empty(tokens, chunk)
+        library.call("mswift_head_sweep", hidden, head, stats, reference, mean, scratch, chunk, partial, splits, factors, flags)
+        if gradient == 2:
+            distance = torch.zeros_like(stats[:4])
+            distance[2] = 1.0 / scale
+            library.call("mswift_head_gradient", hidden, head, reference, distance, scratch, chunk, mean2, None, 0, 0, None, None)
+    else:
+        library.call("mswift_head_statistics", hidden, head, stats, partial, splits)
+    top, others, label, spread, _ = stats
+    here = (labels >= 0) & (labels < valid)
+    named = (top.clamp_min(_LOWEST), others, spread, label.masked_fill(~here, -torch.inf))
+    return torch.stack(named), mean, mean2
+
+
+def linear_softmax_grad_weight(
+    library: Library, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor, valid: int, scale: float, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias for the gradient p (a - b z) + g [row is the label] of a logit z; `factors`: log-sum-exp, a, b, g."""
+    lse, a, b, g = factors
+    coefficients = torch.stack((g, a - b * lse, -b, torch.zeros_like(g)))
+    chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
+    scratch, grad_weight = hidden.new_empty(len(labels), chunk), torch.empty_like(weight)
+    grad_bias = hidden.new_empty(0 if bias is None else weight.shape[0], dtype=torch.float32)
+    sums = None if bias is None else hidden.new_empty(abi.NORM_BLOCKS + 1, chunk, dtype=torch.float32)
+    if not len(labels):
+        return grad_weight.zero_(), grad_bias.zero_()
+    head = _head(hidden, weight, bias, labels, valid, scale, cap, without_label=0)
+    arguments = (lse.contiguous(), coefficients, scratch, chunk, None, grad_weight, dtype_of(weight), 0, None if bias is None else grad_bias, sums)
+    library.call("mswift_head_gradient", hidden, head, *arguments)
+    return grad_weight, grad_bias

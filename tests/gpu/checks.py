@@ -1,0 +1,177 @@
+"""The CUDA operators on tensors against torch in float64. tests/gpu runs them on a device, tests/unit/kernels on the execution model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mswift.kernels import cuda_abi as abi
+from mswift.kernels import cuda_head, cuda_linear, cuda_rows
+from mswift.kernels.cuda import Library
+
+BF16 = torch.bfloat16
+
+
+def some(device: str, *shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Within `tolerance` of the largest value."""
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
+    largest = want.double().abs().max().item() if want.numel() else 0.0
+    assert error <= tolerance * max(largest, 1e-30), f"{error} beside {largest}"
+
+
+def rms_norm(library: Library, device: str) -> None:
+    for dtype, tolerance in ((torch.float32, 2e-6), (BF16, 5e-3)):
+        x, residual, grad, grad_sum = (some(device, 6, 72, dtype=dtype, seed=i) for i in range(4))
+        weight = some(device, 72, dtype=dtype)
+        y, summed, rstd = cuda_rows.rms_norm(library, x, residual, weight, 1e-5, zero_centred=True)
+        base, factor = summed.double().requires_grad_(), weight.double().requires_grad_()
+        want = F.rms_norm(base, (72,), 1 + factor, 1e-5)
+        close(summed, x.double() + residual.double(), tolerance)
+        close(y, want.detach(), tolerance)
+        grad_x, grad_weight = cuda_rows.rms_norm_backward(library, grad, grad_sum, summed, weight, rstd, zero_centred=True)
+        want_x, want_weight = torch.autograd.grad(want, (base, factor), grad.double())
+        close(grad_x, want_x + grad_sum.double(), tolerance)
+        close(grad_weight, want_weight, 1e-5)
+
+
+def gated(library: Library, device: str) -> None:
+    acts: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "silu": lambda gate, up: F.silu(gate) * up,
+        "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+        "gelu": lambda gate, up: F.gelu(gate) * up,
+        "clamped": lambda gate, up: gate.clamp(max=1.5) * torch.sigmoid(1.702 * gate.clamp(max=1.5)) * (up.clamp(-1.5, 1.5) + 1),
+    }
+    assert set(acts) == set(abi.ACTIVATIONS)
+    for kind, act in acts.items():
+        both, grad = some(device, 5, 80, dtype=torch.float32), some(device, 5, 40, dtype=torch.float32)
+        wide = both.double().requires_grad_()
+        want = act(*wide.chunk(2, -1))
+        close(cuda_rows.gated(library, both, kind, limit=1.5, alpha=1.702), want.detach(), 3e-6)
+        (want_grad,) = torch.autograd.grad(want, wide, grad.double())
+        close(cuda_rows.gated_backward(library, grad, both, kind, limit=1.5, alpha=1.702), want_grad, 3e-6)
+
+
+def rope(library: Library, device: str) -> None:
+    fused = some(device, 7, 3 * 24, dtype=torch.float32)
+    before = fused.clone()
+    heads = fused[:, :48].view(7, 2, 24)
+    angle = some(device, 11, 8, dtype=torch.float32)
+    positions = torch.tensor([0, 1, 2, 0, 1, 9, 10], device=device)
+    cuda_rows.rope_(library, heads, angle.cos(), angle.sin(), positions)
+    turned = before[:, :48].view(7, 2, 24)[..., :16]
+    c, s = (part[positions][:, None].repeat(1, 1, 2) for part in (angle.cos(), angle.sin()))
+    half = torch.cat((-turned[..., 8:], turned[..., :8]), -1)
+    close(heads[..., :16], turned * c + half * s, 1e-6)
+    assert (fused[:, 48:] == before[:, 48:]).all()
+    cuda_rows.rope_(library, heads, angle.cos(), angle.sin(), positions, sign=-1)
+    close(fused, before, 1e-6)
+
+
+def permute(library: Library, device: str) -> None:
+    x, index = some(device, 10, 40), torch.tensor([[3, 1], [9, -1], [0, 4]], device=device)
+    weights, grad = some(device, 3, 2, dtype=torch.float32).abs(), some(device, 3, 40)
+    there = (index >= 0)[..., None]
+    rows = x.double()[index.clamp_min(0)] * there
+    close(cuda_rows.gather_rows(library, x, index.reshape(-1)), rows.reshape(6, 40), 1e-9)
+    close(cuda_rows.combine_rows(library, x, index, weights), (rows * weights.double()[..., None]).sum(1), 5e-3)
+    grad_x, grad_weights = cuda_rows.combine_rows_backward(library, grad, x, index, weights)
+    want = torch.zeros(10, 40, device=device, dtype=torch.float64)
+    want[index[index >= 0]] = (weights.double()[..., None] * grad.double()[:, None])[index >= 0]
+    close(grad_x, want, 5e-3)
+    close(grad_weights, (rows * grad.double()[:, None]).sum(-1), 1e-5)
+    close(cuda_rows.column_sum(library, x, x), (x.double() ** 2).sum(0), 1e-5)
+
+
+def lora(library: Library, device: str) -> None:
+    """Both directions of a layer with DoRA's factor, against autograd with the mask that the kernels drew."""
+    rows, inside, outside, rank, scale = 40, 48, 72, 8, 0.5
+    x, weight, bias, a, b, grad = (
+        some(device, *shape) for shape in ((rows, inside), (outside, inside), (outside,), (rank, inside), (outside, rank), (rows, outside))
+    )
+    column_scale = some(device, outside, dtype=torch.float32).abs() + 0.5
+    mask = cuda_linear.Mask(0.25, 77, 5, 8, 8 + inside)
+    eye = torch.eye(inside, device=device, dtype=BF16)
+    drawn = torch.stack(
+        [cuda_linear.lora_down(library, torch.ones(rows, inside, device=device, dtype=BF16), eye[i : i + 1], 1.0, mask)[:, 0] for i in range(inside)],
+        1,
+    )
+    assert 0.6 < (drawn > 0).double().mean().item() < 0.9
+    wide = [tensor.double().requires_grad_() for tensor in (x, a, b)]
+    want_low = scale * (wide[0] * drawn.double()) @ wide[1].T
+    want = column_scale.double() * (wide[0] @ weight.double().T + want_low @ wide[2].T) + bias.double()
+    low = cuda_linear.lora_down(library, x, a, scale, mask)
+    close(low, want_low.detach(), 1e-2)
+    close(cuda_linear.lora_forward(library, x, weight, bias, low, b, column_scale=column_scale), want.detach(), 1e-2)
+    want_x, want_a, want_b = torch.autograd.grad(want, wide, grad.double())
+    grad_low = cuda_linear.lora_grad_low(library, grad, b, scale, column_scale=column_scale)
+    close(cuda_linear.lora_grad_input(library, grad, weight, grad_low, a, mask, column_scale=column_scale), want_x, 1e-2)
+    close(cuda_linear.outer(library, grad_low, x, torch.float32, mask=mask), want_a, 1e-2)
+    close(cuda_linear.outer(library, grad, low, BF16, column_scale=column_scale), want_b, 1e-2)
+
+
+def experts(library: Library, device: str) -> None:
+    offsets = torch.tensor([0, 5, 5, 20], device=device)
+    x, weight, a, b, grad = some(device, 20, 32), some(device, 3, 40, 32), some(device, 3, 8, 32), some(device, 3, 40, 8), some(device, 20, 40)
+    parts = [slice(0, 5), slice(5, 5), slice(5, 20)]
+    low = cuda_linear.lora_down(library, x, a, 1.0, None, offsets)
+    close(low, torch.cat([x[part].double() @ a[g].double().T for g, part in enumerate(parts)]), 1e-2)
+    y = cuda_linear.lora_forward(library, x, weight, None, low, b, offsets=offsets)
+    close(y, torch.cat([x[p].double() @ weight[g].double().T + low[p].double() @ b[g].double().T for g, p in enumerate(parts)]), 1e-2)
+    grad_x = cuda_linear.lora_grad_input(library, grad, weight, None, None, None, offsets=offsets)
+    close(grad_x, torch.cat([grad[part].double() @ weight[g].double() for g, part in enumerate(parts)]), 1e-2)
+    grads = cuda_linear.outer(library, grad, x, torch.float32, offsets=offsets)
+    close(grads, torch.stack([grad[part].double().T @ x[part].double() for part in parts]), 1e-5)
+
+
+def quantised(library: Library, device: str) -> None:
+    codes, scales = torch.randint(-127, 128, (24, 32), dtype=torch.int8).to(device), some(device, 24, dtype=torch.float32).abs() * 0.01
+    how = cuda_linear.Quantised(abi.INT8, (24, 32), scales)
+    weight = (codes.double() * scales.double()[:, None]).to(BF16).double()
+    x, grad = some(device, 6, 32), some(device, 6, 24)
+    close(cuda_linear.lora_forward(library, x, codes, None, None, None, quantised=how), x.double() @ weight.T, 1e-2)
+    close(cuda_linear.lora_grad_input(library, grad, codes, None, None, None, quantised=how), grad.double() @ weight, 1e-2)
+
+
+def head(library: Library, device: str) -> None:
+    """Statistics, averaged rows and the weight's gradient of a shard with padding, tokens whose label is elsewhere among them."""
+    tokens, width, rows, valid, scale, cap = 9, 40, 150, 143, 0.7, 4.0
+    hidden, weight, bias = some(device, tokens, width), some(device, rows, width), some(device, rows)
+    labels = torch.tensor([0, 142, -1, 7, 128, 5, 127, -1, 60], device=device)
+    z = scale * (hidden.double() @ weight.double().T + bias.double())[:, :valid]
+    z = cap * torch.tanh(z / cap)
+    slope, here = 1 - (z / cap) ** 2, labels >= 0
+    label = z.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    is_label = F.one_hot(labels.clamp_min(0), valid).bool() & here[:, None]
+    limits = (valid, scale, cap)
+    for gradient in (0, 1, 2):
+        stats, mean, mean2 = cuda_head.linear_softmax(library, hidden, weight, bias, labels, *limits, gradient)
+        distance = z - stats[0].double()[:, None]
+        e = distance.exp().masked_fill(is_label, 0)
+        close(stats[1], e.sum(1), 1e-5)
+        close(stats[2], (e * distance).sum(1), 1e-5)
+        close(stats[3][here], label[here], 1e-5)
+        assert (stats[3][~here] == -torch.inf).all()
+        for level, got, factor in ((1, mean, e), (2, mean2, e * distance)):
+            want = (factor * slope) @ weight[:valid].double()
+            close(got, want if gradient >= level else want[:0], 1e-2)
+    factors = torch.stack((z.logsumexp(1), *torch.randn(3, tokens, generator=torch.Generator().manual_seed(1)).to(device))).float()
+    lse, a, b, g = factors.double()[..., None]
+    dz = ((z - lse).exp() * (a - b * z) + g * is_label) * slope * scale
+    grad_weight, grad_bias = cuda_head.linear_softmax_grad_weight(library, hidden, weight, bias, labels, factors, *limits)
+    close(grad_weight[:valid], dz.T @ hidden.double(), 1e-2)
+    close(grad_bias[:valid], dz.sum(0), 1e-2)
+    assert (grad_weight[valid:] == 0).all()
+    assert (grad_bias[valid:] == 0).all()
+
+
+CHECKS = {check.__name__: check for check in (rms_norm, gated, rope, permute, lora, experts, quantised, head)}

@@ -1,0 +1,47 @@
+"""The calls of the CUDA library with tensors: run on the execution model of csrc/emu, which takes the tensors of a CPU for those of a device."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+
+import pytest
+import torch
+
+from mswift.kernels import cuda, cuda_rows
+from tests.gpu.checks import CHECKS
+from tests.unit.csrc.emulator import build
+
+
+@pytest.fixture(scope="module")
+def library() -> cuda.Library:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: the execution model cannot be compiled")
+    emulated = ctypes.CDLL(str(build()))
+    emulated.emu_configure(ctypes.c_uint(0), ctypes.c_int(0))
+    emulated.emu_forget()
+    return cuda.Library(emulated, lambda device: None)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_operators_agree_with_torch(library: cuda.Library, name: str) -> None:
+    CHECKS[name](library, "cpu")
+
+
+def test_a_failed_launch_is_an_error_with_its_reason(library: cuda.Library) -> None:
+    x = torch.zeros(2, 1, 6)
+    with pytest.raises(RuntimeError, match=r"mswift_rope on cpu: .* \(code -1\)"):
+        library.call("mswift_rope", x, 0, x, x, x, x, None, 2, 1, 6, 8, 6, 6, 0, 1)
+    with pytest.raises(AssertionError, match="dense"):
+        cuda_rows.gather_rows(library, torch.zeros(4, 6).t(), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ctypes.ArgumentError):
+        library.call("mswift_gather_rows", x, 0, x, x, x, 0.5, 6)
+
+
+def test_the_library_is_left_alone_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSWIFT_CUDA", "0")
+    assert cuda.missing() == "MSWIFT_CUDA=0"
+    monkeypatch.delenv("MSWIFT_CUDA")
+    if not torch.cuda.is_available():
+        assert cuda.missing() == "no CUDA device"
+    assert cuda.library.cache_info().currsize in (0, int(torch.cuda.is_available()))
