@@ -14,6 +14,7 @@ STAMP := $(VENV)/.set-up
 BUILT := $(VENV)/.built
 SOURCES := $(shell find csrc -type f -not -name '*.o')
 VLLM := .venv-vllm
+OLD_PEFT := .peft-0.18
 LOG := $(VENV)/setup.log
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -55,8 +56,13 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: lint $(VLLM)/.set-up
+test-all: lint $(VLLM)/.set-up $(OLD_PEFT)/.set-up
 	$(BIN)/python -m pytest
+
+$(OLD_PEFT)/.set-up: | $(STAMP)
+	@echo "[setup] $(OLD_PEFT)/: the peft before 0.19, which a test loads adapters of experts with"
+	@$(BIN)/pip install --quiet --no-deps --target $(OLD_PEFT) peft==0.18.1
+	@touch $@
 
 $(VLLM)/.set-up: tests/vllm.lock
 	@echo "[setup] $(VLLM)/: vLLM for CPU, which a slow test serves an export with; some minutes"
