@@ -245,3 +245,10 @@ def test_the_lock_satisfies_what_the_project_asks_for() -> None:
     assert "apex" not in everything, "the apex on the package index is another project"
     assert "apex" not in pins
     assert project["scripts"]["mswift"] == project["scripts"]["swift"]
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by that name alone, and takes the first for both."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) > 50
+    assert sorted({name for name in names if names.count(name) > 1}) == []
