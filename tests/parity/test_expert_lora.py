@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from mswift.conversion.expert_adapters import EXPERT_FORMS, installed_form
 from mswift.tuners.targets import ADAPTABLE, EXPERT_LINEAR
 from tests.distributed.harness import run_distributed
-from tests.distributed.runs import Run, open_model
+from tests.distributed.runs import Run, losses, open_model
 from tests.parity.cases import options_of
 from tests.parity.ranks import adapter_logits, first_step, train_lora
 from tests.parity.reference import distance, load_peft, load_tensors, logits_with
@@ -142,7 +143,13 @@ def test_the_form_of_peft_before_0_19(forms: tuple[Path, Tensor], ids: Tensor) -
     assert distance(found["logits"], logits) < 1e-4
 
 
-@pytest.mark.parametrize("layout", [(1, {}), (2, {"ep": 2}), (2, {"tp": 2})], ids=["one", "ep2", "tp2"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param((1, {}), id="one", marks=SLOW), pytest.param((2, {"ep": 2}), id="ep2"), pytest.param((2, {"tp": 2}), id="tp2", marks=SLOW)],
+)
 def test_every_form_is_read_again(layout: tuple[int, dict[str, Any]], forms: tuple[Path, Tensor], ids: Tensor) -> None:
     folder, logits = forms
     world, sizes = layout
@@ -248,3 +255,37 @@ def test_an_adapter_of_peft_loads_exactly_and_goes_back(case: str, ids: Tensor, 
     found = run_distributed(adapter_logits, 2, [Run(base, adapter=adapter, **sizes)], ids, [copy], timeout=120)
     assert distance(found[0][0], expected) < 1e-4
     assert distance(logits_with(base, copy, ids), expected) < 1e-4
+
+
+def test_an_adapter_on_some_experts_leaves_the_others(ids: Tensor, tmp_path: Path) -> None:
+    """As one with zeros for the rest, which peft reads as well."""
+    family, changes = options_of("qwen3_moe/plain")
+    base = make_checkpoint(tmp_path / "model", family, **changes)
+    zeros = per_expert(base, tmp_path / "zeros", ("mlp.experts", "gate_proj", "up_proj", "down_proj"), 6)
+    tensors = load_tensors(zeros)
+    left_out = {name for name in tensors if ".experts.2." in name or ".experts.5.down_proj." in name or ".layers.1." in name}
+    tensors |= {name: torch.zeros_like(tensors[name]) for name in left_out if "lora_B" in name}
+    save_file(tensors, zeros / "adapter_model.safetensors")
+    some = tmp_path / "some"
+    some.mkdir()
+    (some / "adapter_config.json").write_bytes((zeros / "adapter_config.json").read_bytes())
+    save_file({name: tensor for name, tensor in tensors.items() if name not in left_out}, some / "adapter_model.safetensors")
+    expected = logits_with(base, zeros, ids)
+    copy = tmp_path / "copy"
+    found = run_distributed(adapter_logits, 2, [Run(base, adapter=some, ep=2)], ids, [copy])
+    assert distance(found[0][0], expected) < 1e-4
+    assert distance(logits_with(base, copy, ids), expected) < 1e-4
+    assert not any(".layers.1." in name for name in load_tensors(copy))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_norm_of_gradients_counts_each_factor_once(dtype: str, trained: Path) -> None:
+    """With the state of the optimizer spread as well, and with fp32 masters."""
+    run = Run(trained / "model", trained / "rows.jsonl", lora=LORA, steps=2, dtype=dtype, max_grad_norm=0.0)
+    alone = run_distributed(losses, 1, run)[0]
+    for sizes in ({"distributed_optimizer": True}, {}):
+        spread = run_distributed(losses, 4, replace(run, ep=2, etp=2, **sizes), timeout=120)
+        for rank in spread:
+            for (loss, norm), (wanted, wanted_norm) in zip(rank, alone, strict=True):
+                assert loss == pytest.approx(wanted, rel=1e-4 if dtype == "float32" else 2e-2)
+                assert norm == pytest.approx(wanted_norm, rel=1e-3 if dtype == "float32" else 0.1)
