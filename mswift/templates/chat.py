@@ -41,6 +41,7 @@ class ChatTemplate:
         enable_thinking: handed to the template where not ``None``.
         chat_template: a Jinja text that replaces the tokenizer's own.
         stop_words: texts that end a generated turn beside the template's own end.
+        add_non_thinking_prefix: where the prompt opens the reasoning (``<think>``) and a turn has none, close it again; else an error.
 
     Raises:
         DataError: there is no chat template, it is not valid Jinja, it takes no system prompt though one is set, or the tokenizer is
@@ -56,6 +57,7 @@ class ChatTemplate:
         enable_thinking: bool | None = None,
         chat_template: str | None = None,
         stop_words: Sequence[str] = (),
+        add_non_thinking_prefix: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.system = system
@@ -70,7 +72,7 @@ class ChatTemplate:
         self._pieces: dict[str, list[int]] = {}
         self._turn_end, opening = self._probe()
         self.loss_scale = parse_loss_scale(loss_scale) if isinstance(loss_scale, str) else loss_scale
-        self._planner = Planner(self.renderer, self._turn_end, opening, self.loss_scale)
+        self._planner = Planner(self.renderer, self._turn_end, opening, self.loss_scale, add_non_thinking_prefix=add_non_thinking_prefix)
         if system is not None:
             self._check_system()
 
@@ -83,6 +85,9 @@ class ChatTemplate:
         for text in (self._turn_end.trained, *self._turn_end.borrowed.values(), *self.stop_words):
             ids = [token for token in self._tokenise([text])[0].ids if token in self._added_ids] if text else []
             ends.update(ids[:1])
+        called = self.renderer.probe_call()
+        last = self._tokenise([called.rstrip()])[0].ids[-1:] if called and not self._turn_end.borrowed else []
+        ends.update(token for token in last if token in self._added_ids)
         return sorted(token for token in ends if token is not None)
 
     @property
@@ -158,7 +163,8 @@ class ChatTemplate:
             raise DataError(f"the chat template of {_name(self.tokenizer)} does not write what the assistant says; give one for chat")
         tail = common_prefix(first[::-1], second[::-1])[::-1]
         prompt = self.render(question, add_generation_prompt=True)
-        return self._split_tail(tail), prompt[len(common_prefix(prompt, first)) :]
+        at = len(common_prefix(prompt, first))
+        return self._split_tail(tail), prompt[at - prompt[:at].endswith("<") * (at < len(prompt)) :]
 
     def _split_tail(self, tail: str) -> TurnEnd:
         end = self._first_added(tail)

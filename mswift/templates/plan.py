@@ -54,10 +54,12 @@ class Planner:
 
     Args:
         opening: what the prompt opens of an answer although the rendered turn lacks it, such as ``<think>``.
+        add_non_thinking_prefix: where the prompt opens the reasoning and a turn has none, close it again (else that is an error).
     """
 
-    def __init__(self, renderer: Renderer, end: TurnEnd, opening: str, loss_scale: LossScale) -> None:
+    def __init__(self, renderer: Renderer, end: TurnEnd, opening: str, loss_scale: LossScale, *, add_non_thinking_prefix: bool = True) -> None:
         self.renderer, self.end, self.opening, self.loss_scale = renderer, end, opening, loss_scale
+        self.add_non_thinking_prefix = add_non_thinking_prefix
 
     def plan(self, conversation: Conversation, *, one_row: bool = False) -> list[Plan]:
         """The rows of a prepared conversation.
@@ -150,7 +152,7 @@ class Planner:
         is_last = index == len(messages) - 1
         text = whole if is_last else self.renderer.render(conversation.upto(index + 1))
         if not text.startswith(prompt):
-            text = self._served_text(prompt, text, messages[index], index)
+            text = self._served_text(prompt, text, conversation, index)
         after = len(self.end.rest) if text.endswith(self.end.trained + self.end.rest) else 0
         if self.end.borrowed and not (self.end.trained and text.endswith(self.end.trained + self.end.rest)):
             follows = "tool" if messages[index].get("tool_calls") else "user"
@@ -158,18 +160,52 @@ class Planner:
             text += borrowed if is_last or whole.startswith(text + borrowed) or not whole.startswith(text) else ""
         return _Turn(text, len(prompt), len(text) - after, index)
 
-    def _served_text(self, prompt: str, rendered: str, message: Message, index: int) -> str:
-        """The text of a turn whose prompt opens the answer (``<think>``) although the template leaves this out of the rendered turn."""
-        content, opening = _text(message), self.opening
-        reasoning = message.get("reasoning_content")
-        if opening and isinstance(reasoning, str) and opening.strip() == "<think>":
-            content = f"{opening}{reasoning.strip()}\n</think>\n\n{content.lstrip()}"
-        if opening and content.startswith(opening) and not message.get("tool_calls"):
-            return prompt + content[len(opening) :] + self.end.trained + self.end.rest
+    def _served_text(self, prompt: str, rendered: str, conversation: Conversation, index: int) -> str:
+        """The text of a turn that the template renders otherwise than it serves it: its prompt, and what the turn adds to that."""
+        message, opening = conversation.messages[index], self.opening
+        base = prompt.removesuffix(opening) if opening else prompt
+        text = self._opened(prompt, rendered[len(base) :], message) if opening and rendered.startswith(base) else None
+        if text is None and not (_text(message).strip() or message.get("tool_calls") or message.get("reasoning_content")):
+            text = prompt + self.end.trained + self.end.rest  # nothing is said: all that is left to write is the end
+        if text is None:
+            text = self._after_header(prompt, rendered, conversation, index)
+        if text is not None:
+            return text
         hint = "check enable_thinking against the rows"
         if opening:
             hint = f"begin every assistant content with {opening!r}, which the model's prompt opens"
         raise DataError(f"messages[{index}], an assistant turn, does not begin where its served prompt ends: {difference(prompt, rendered)}; {hint}")
+
+    def _opened(self, prompt: str, rest: str, message: Message) -> str | None:
+        """A turn whose prompt opens the answer (``<think>``) although the template leaves this out of the rendered turn, which is `rest`."""
+        content, reasoning, opening = _text(message), message.get("reasoning_content"), self.opening
+        thinks = opening.strip() == "<think>"
+        close = "\n</think>\n\n" if opening.endswith("\n") else "</think>"
+        if thinks and isinstance(reasoning, str) and not content.startswith(opening):
+            content = f"{opening}{reasoning.strip()}{close}{content.lstrip()}"
+        if content.startswith(opening):
+            return None if message.get("tool_calls") else prompt + content[len(opening) :] + self.end.trained + self.end.rest
+        if not thinks or not self.add_non_thinking_prefix:
+            return None
+        return prompt + rest if rest.startswith("</think>") else prompt + close + rest
+
+    def _after_header(self, prompt: str, rendered: str, conversation: Conversation, index: int) -> str | None:
+        """A turn before which the template writes other things than in its prompt (Mistral's system prompt): the prompt, and the turn's content.
+
+        Where the content begins is known from rendering the turn with two other contents; prompt and turn have to open it in the same way.
+        """
+        before = conversation.upto(index)
+        probes = [
+            self.renderer.render(Conversation([*before.messages, {"role": "assistant", "content": content}], before.tools, before.kwargs))
+            for content in ("a", "b")
+        ]
+        header = common_prefix(*probes)
+        opens = prompt.removeprefix(self.renderer.render(before))
+        for head in (header, header.rstrip()):
+            alike = common_prefix(prompt[::-1], head[::-1])
+            if rendered.startswith(head) and alike and len(alike) >= len(opens):
+                return prompt + rendered[len(head) :]
+        return None
 
     def _want_one(self, plans: list[Plan], turns: list[_Turn], whole: str) -> None:
         rewritten = next((turn for turn in turns if not whole.startswith(turn.text[: turn.end])), None)

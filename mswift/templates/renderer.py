@@ -89,7 +89,7 @@ class Renderer:
         Raises:
             DataError: the template would leave something of it out, or a tool call is wrong.
         """
-        messages = [{key: value for key, value in message.items() if value is not None} for message in conversation.messages]
+        messages = [{key: value for key, value in message.items() if _is_given(key, value)} for message in conversation.messages]
         if system is not None and not (messages and messages[0].get("role") in ("system", "developer")):
             messages = [{"role": "system", "content": system}, *messages]
         has_calls = any(message.get("tool_calls") for message in messages)
@@ -138,6 +138,10 @@ class Renderer:
         blocks = Conversation([{"role": "user", "content": [{"type": "text", "text": "x"}]}])
         return bool(self._known("blocks", lambda: self._same(blocks, Conversation([_ASK]))))
 
+    def probe_call(self) -> str:
+        """A short conversation that ends with a tool call; empty where the template writes none."""
+        return "" if self.tool_style is None else self._try(_probe_messages(self.tool_style)[:2])
+
     def _known(self, question: str, find: Any) -> Any:
         if question not in self._answers:
             self._answers[question] = find()
@@ -159,6 +163,19 @@ class Renderer:
                         other = self._try(_probe_messages(style, ids=ids, letter="b"))
                         return ToolStyle(as_text, without_content, ids or text != other or text != self._try(_probe_messages(style, ids=True)))
         return None
+
+    @property
+    def takes_one_call(self) -> bool:
+        """Whether a turn that makes several calls would lose all but one."""
+        return bool(self._known("one call", self._find_one_call))
+
+    def _find_one_call(self) -> bool:
+        messages = _probe_messages(self.tool_style, ids=True) if self.tool_style else []
+        if messages:
+            second = {**messages[1]["tool_calls"][0], "id": "b" * 9}
+            second["function"] = {**second["function"], "name": "probe_other"}
+            messages[1]["tool_calls"].append(second)
+        return "probe_other" not in self._try(messages[:2])
 
     def _find_dropped(self) -> bool:
         if self.tool_style is None:
@@ -192,6 +209,10 @@ class Renderer:
             raise DataError(
                 f"messages[{index}] has both content and tool_calls, and the chat template of {self.name} writes only one of them; empty its content"
             )
+        if len(message["tool_calls"]) > 1 and self.takes_one_call:
+            raise DataError(
+                f"messages[{index}] makes {len(message['tool_calls'])} tool calls, and the chat template of {self.name} writes one a turn; split it"
+            )
         calls = [write_call(call, f"messages[{index}].tool_calls[{j}]", as_text=style.as_text) for j, call in enumerate(message["tool_calls"])]
         written = {**message, "tool_calls": calls}
         if not message.get("content"):
@@ -217,6 +238,10 @@ class Renderer:
             return DataError(f"the chat template of {self.name} is broken at line {error.lineno}: {what}; mend it in its {where}")
         roles = ", ".join(str(message.get("role")) for message in messages) or "(none)"
         return DataError(f"the chat template refused a conversation with the roles {roles}: {one_line(error)}")
+
+
+def _is_given(key: str, value: Any) -> bool:
+    return value is not None and not (key == "tool_calls" and not value)
 
 
 def _probe_messages(style: ToolStyle, *, ids: bool = False, letter: str = "a", content: str = "") -> list[Message]:

@@ -222,7 +222,9 @@ def test_a_prompt_that_opens_the_reasoning_is_continued_by_the_content(make_toke
     assert [row.input_ids[: runs(row)[0][0]] for row in rows] == [template.encode_prompt(messages[:1]), template.encode_prompt(messages[:3])]
     assert "first" not in tokenizer.decode(rows[1].input_ids)
     with pytest.raises(DataError, match=r"begin every assistant content with '<think>\\n', which the model's prompt opens$"):
-        template.encode_rows(chat("One?", "1"))
+        ChatTemplate(tokenizer, add_non_thinking_prefix=False).encode_rows(chat("One?", "1"))
+    (row,) = template.encode_rows(chat("One?", "1"))
+    assert trained_text(tokenizer, row) == "\n</think>\n\n1<｜end▁of▁sentence｜>"
 
 
 # ---- which turns are trained
