@@ -71,6 +71,12 @@ VERBS: dict[str, Verb] = {
         "--model A --against B",
         "mswift.commands.verify:check",
     ),
+    "data": Verb(
+        "Show rows as the model sees them, token by token",
+        "mswift.commands.data:data",
+        "--model Qwen/Qwen2.5-0.5B-Instruct --dataset data.jsonl",
+        "mswift.commands.data:check",
+    ),
 }
 """In the order of ``mswift --help``."""
 

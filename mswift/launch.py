@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from mswift.config import Config, ExportConfig, SftConfig
+from mswift.config import Config, DataConfig, ExportConfig, SftConfig
 from mswift.errors import LaunchError, MswiftError
 from mswift.log import rank
 from mswift.parallel.layout import ParallelLayout
@@ -109,6 +109,10 @@ def check_processes(config: Config, environ: Mapping[str, str]) -> None:
     where = topology(environ)
     if isinstance(config, ExportConfig) and config.export.dry_run:
         return  # one process imagines the others
+    if isinstance(config, DataConfig):
+        if where.world > 1:
+            raise LaunchError(f"mswift data runs in one process, got {where.world}; leave NPROC_PER_NODE and srun out")
+        return
     layout = ParallelLayout(world=where.world, **config.parallel.sizes())
     if isinstance(config, SftConfig):
         config.train.resolve_global_batch_size(layout.dp)

@@ -59,7 +59,7 @@ def infer(config: InferConfig) -> None:
         if questions is None or result_path is None:
             _converse(config, session, generator, encoder, settings)
         else:
-            _answer(config, session, generator, questions, settings, result_path)
+            _answer(config, session, generator, encoder, questions, settings, result_path)
 
 
 def _read_rows(config: InferConfig) -> list[Row] | None:
@@ -105,7 +105,8 @@ def _settings(config: InferConfig, template: ChatTemplate, directory: Path) -> t
     from mswift.rollout.prompts import PromptEncoder
     from mswift.rollout.settings import resolve_settings
 
-    settings, notes = resolve_settings(config.generation, directory, template.stop_token_ids)
+    generation = dataclasses.replace(config.generation, stop_words=[*config.generation.stop_words, *template.stop_words])
+    settings, notes = resolve_settings(generation, directory, template.stop_token_ids)
     if config.parallel.sequence_parallel:
         notes.append("--sequence_parallel has no effect: an answer is computed token by token")
     if config.generation.stream and config.data.val_dataset:
@@ -183,7 +184,13 @@ def _converse(config: InferConfig, session: Session, generator: Generator, encod
 
 
 def _answer(
-    config: InferConfig, session: Session, generator: Generator, questions: list[Question], settings: GenerationSettings, result_path: Path
+    config: InferConfig,
+    session: Session,
+    generator: Generator,
+    encoder: PromptEncoder,
+    questions: list[Question],
+    settings: GenerationSettings,
+    result_path: Path,
 ) -> None:
     from mswift.rollout.answers import Replica, ResultFile, answer_rows
 
@@ -201,6 +208,7 @@ def _answer(
                 batch_size=config.infer.max_batch_size,
                 seed=config.generation.seed,
                 prefix=config.template.response_prefix or "",
+                parse=encoder.template.parse,
                 replica=replica,
                 progress=progress,
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mswift.config import Config, ExportConfig, InferConfig, ModelSection, ParallelSection, RuntimeSection, SftConfig, TemplateSection
+from mswift.config import Config, DataConfig, ExportConfig, InferConfig, ModelSection, ParallelSection, RuntimeSection, SftConfig, TemplateSection
 from mswift.conversion.directories import ADAPTER_CONFIG_FILE, check_tokenizer, is_megatron, read_adapter_config, read_json
 from mswift.errors import ConfigError, ModelError, one_line
 from mswift.parallel.layout import ParallelLayout
@@ -49,6 +49,8 @@ def check(config: Config, world: int) -> None:
     """
     from mswift.conversion.hub import local_model
 
+    if isinstance(config, SftConfig | InferConfig):
+        check_template(config.template)
     directory = local_model(config.model.model)
     layout = ParallelLayout(world=world, **config.parallel.sizes())
     if directory is not None:
@@ -59,8 +61,8 @@ def check(config: Config, world: int) -> None:
             layout.check_model(**sizes)
 
 
-def find_model(model: ModelSection) -> Path:
-    """The local directory of ``--model``, checked for what a checkpoint needs before anything heavy starts.
+def find_model(model: ModelSection, *, weights: bool = True) -> Path:
+    """The local directory of ``--model``, checked for what a checkpoint needs before anything heavy starts; without `weights` only a tokenizer.
 
     Raises:
         ModelError: no such model, or a file is missing or damaged. ConfigError: its dtype cannot be held.
@@ -68,9 +70,15 @@ def find_model(model: ModelSection) -> Path:
     from mswift.conversion.hub import resolve_model
 
     directory = resolve_model(
-        model.model, use_hf=model.use_hf, revision=model.model_revision, token=model.hub_token, trust_remote_code=model.trust_remote_code
+        model.model,
+        use_hf=model.use_hf,
+        revision=model.model_revision,
+        token=model.hub_token,
+        trust_remote_code=model.trust_remote_code,
+        weights=weights,
     )
-    check_model(directory, model)
+    if weights:
+        check_model(directory, model)
     return directory
 
 
@@ -112,7 +120,7 @@ def find_adapter(adapters: Sequence[str]) -> Path | None:
     return path
 
 
-def check_data(config: SftConfig | InferConfig | ExportConfig) -> None:
+def check_data(config: SftConfig | InferConfig | ExportConfig | DataConfig) -> None:
     """Register what plugins and descriptions of data sets say, and look whether all files are there. Needs no torch of ours.
 
     Raises:
@@ -124,10 +132,11 @@ def check_data(config: SftConfig | InferConfig | ExportConfig) -> None:
     data = config.data
     load_plugins(data.external_plugins)
     load_infos(data.custom_dataset_info)
-    check_sources([*data.dataset, *data.val_dataset] if not isinstance(config, InferConfig) else data.val_dataset, use_hf=config.model.use_hf)
+    used = {"infer": data.val_dataset, "data": data.dataset}.get(config.verb, [*data.dataset, *data.val_dataset])
+    check_sources(used, use_hf=config.model.use_hf)
 
 
-def reading(config: SftConfig | InferConfig | ExportConfig) -> dict[str, Any]:
+def reading(config: SftConfig | InferConfig | ExportConfig | DataConfig) -> dict[str, Any]:
     """How `mswift.data.load_dataset` is to read rows, as its keyword arguments."""
     data = config.data
     return {
@@ -214,17 +223,58 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def make_template(directory: Path, model: ModelSection, template: TemplateSection) -> ChatTemplate:
-    """The checkpoint's own chat template with the settings of the run.
+    """The chat template of the run: the one of ``--template``, else the checkpoint's own.
 
     Raises:
-        ModelError: the config or the tokenizer of the checkpoint is missing or wrong. DataError: there is no chat template.
+        ModelError: the config or the tokenizer of the checkpoint is missing or wrong. DataError: as `template_for`.
     """
     from mswift.families.model import read_hf_config
-    from mswift.templates.chat import ChatTemplate
 
     read_hf_config(directory, trust_remote_code=model.trust_remote_code)  # the tokenizer reads it too, and would be blamed for it
-    tokenizer = load_tokenizer(directory, trust_remote_code=model.trust_remote_code)
-    return ChatTemplate(tokenizer, system=template.system, loss_scale=template.loss_scale, enable_thinking=template.enable_thinking)
+    return template_for(load_tokenizer(directory, trust_remote_code=model.trust_remote_code), template)
+
+
+def template_for(tokenizer: Any, template: TemplateSection) -> ChatTemplate:
+    """The chat template with the settings of the run, for a tokenizer.
+
+    Raises:
+        DataError: there is no chat template, or the tokenizer lacks the tokens of the one that was named.
+    """
+    from mswift.log import get_logger
+    from mswift.templates import ChatTemplate
+    from mswift.templates.named import find_template
+
+    named = find_template(template.template) if template.template else None
+    if named is not None:
+        named.check(tokenizer)
+    text = named.text if named is not None else tokenizer.chat_template
+    loss_scale, hybrid = template.loss_scale, isinstance(text, str) and "enable_thinking" in text
+    if hybrid and not (template.disable_ignore_empty_think or "ignore_empty_think" in loss_scale or loss_scale.startswith("all")):
+        loss_scale += "+ignore_empty_think"
+        get_logger(__name__).info("empty reasoning is not trained (--loss_scale %s); --disable_ignore_empty_think true trains it", loss_scale)
+    return ChatTemplate(
+        tokenizer,
+        system=template.system,
+        loss_scale=loss_scale,
+        enable_thinking=template.enable_thinking,
+        chat_template=None if named is None else named.text,
+        stop_words=() if named is None else named.stop_words,
+        add_non_thinking_prefix=template.add_non_thinking_prefix,
+    )
+
+
+def check_template(template: TemplateSection) -> None:
+    """Look whether the names in the template's settings are known; needs no torch.
+
+    Raises:
+        ConfigError: with the nearest name.
+    """
+    from mswift.templates import parse_loss_scale
+    from mswift.templates.named import find_template
+
+    parse_loss_scale(template.loss_scale)
+    if template.template:
+        find_template(template.template)
 
 
 def make_encoder(directory: Path, config: SftConfig) -> RowEncoder:

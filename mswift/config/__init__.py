@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from mswift.config.configs import Config, ExportConfig, InferConfig, PtConfig, SftConfig, VerifyConfig, warnings_for
+from mswift.config.configs import Config, DataConfig, ExportConfig, InferConfig, PtConfig, SftConfig, VerifyConfig, warnings_for
 from mswift.config.parse import CONFIGS, Parsed, parse_command, read_command
 from mswift.config.sections import (
     DataSection,
     ExportSection,
     GenerationSection,
     InferSection,
+    InspectSection,
     LoggingSection,
     ModelSection,
     OptimSection,
@@ -26,12 +27,14 @@ from mswift.config.table import Row, format_table, table_rows
 __all__ = [
     "CONFIGS",
     "Config",
+    "DataConfig",
     "DataSection",
     "ExportConfig",
     "ExportSection",
     "GenerationSection",
     "InferConfig",
     "InferSection",
+    "InspectSection",
     "LoggingSection",
     "ModelSection",
     "OptimSection",

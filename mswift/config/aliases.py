@@ -61,7 +61,7 @@ NEUTRAL: dict[str, frozenset[str]] = {
     "logging_strategy": frozenset({"steps"}),
     "lora_bias": frozenset({"none"}),
     "use_chat_template": frozenset({"true"}),
-    "template_backend": frozenset({"jinja"}),
+    "template_backend": frozenset({"jinja", "swift"}),
     "calculate_per_token_loss": frozenset({"true"}),
     "average_tokens_across_devices": frozenset({"true"}),
     "save_safetensors": frozenset({"true"}),
@@ -77,7 +77,7 @@ NEUTRAL: dict[str, frozenset[str]] = {
 """Flags of ms-swift that mswift does not have -> the values that it follows all the same."""
 
 _NO_EFFECT = {
-    "the template and the architecture are read from the checkpoint": "template model_type check_model",
+    "the architecture is read from the checkpoint": "model_type check_model",
     "kernels are chosen by the engine": """attn_impl attention_backend use_flash_attn cross_entropy_loss_fusion cross_entropy_fusion_impl
         apply_rope_fusion no_rope_fusion bias_activation_fusion no_bias_swiglu_fusion bias_dropout_fusion no_bias_dropout_fusion
         masked_softmax_fusion no_masked_softmax_fusion gradient_accumulation_fusion no_gradient_accumulation_fusion use_liger_kernel
@@ -126,7 +126,6 @@ UNSUPPORTED_VALUES: dict[str, frozenset[str]] = {
         "report_to": "wandb swanlab all mlflow comet_ml clearml trackio",
         "lr_scheduler_type": "cosine_with_restarts polynomial inverse_sqrt reduce_lr_on_plateau cosine_with_min_lr warmup_stable_decay WSD "
         "inverse-square-root",
-        "loss_scale": "ignore_empty_think ignore_think_prefix react hermes qwen agentflan alpha_umi",
         "device": "npu mps xpu",
         "ddp_backend": "mpi ccl hccl",
     }.items()

@@ -18,6 +18,7 @@ from mswift.config.sections import (
     ExportSection,
     GenerationSection,
     InferSection,
+    InspectSection,
     LoggingSection,
     ModelSection,
     OptimSection,
@@ -132,9 +133,13 @@ def warnings_for(config: Config) -> list[str]:
     return [f"--{name} has no effect: {reason}" for names, reason in config.idle() for name in names if name in changed]
 
 
-def _common_faults(model: ModelSection, parallel: ParallelSection) -> Iterator[str]:
+def _model_faults(model: ModelSection) -> Iterator[str]:
     if not model.model:
         yield "--model is required: give a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or the directory of a checkpoint"
+
+
+def _common_faults(model: ModelSection, parallel: ParallelSection) -> Iterator[str]:
+    yield from _model_faults(model)
     yield from _split_faults(parallel)
 
 
@@ -267,6 +272,7 @@ class SftConfig(Config):
             yield ("shuffle_buffer_size",), "it needs --streaming true"
         elif not self.data.val_dataset:
             yield ("dataset_num_proc",), "with --streaming every process reads its own rows while it trains"
+        yield ("response_prefix",), "it is for infer"
         if self.tuner.tuner_type == "full":
             yield _LORA_FLAGS, "--tuner_type is full"
         if self.train.recompute_granularity != "full":
@@ -291,7 +297,8 @@ class PtConfig(SftConfig):
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from SftConfig.idle(self)
-        yield ("system", "loss_scale", "response_prefix", "enable_thinking"), "plain text has no turns"
+        names = ("template", "system", "loss_scale", "enable_thinking", "add_non_thinking_prefix", "disable_ignore_empty_think")
+        yield names, "plain text has no turns"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -316,7 +323,7 @@ class InferConfig(Config):
         yield from _idle_parallel(self.parallel)
         yield ("dataset", "split_dataset_ratio", "interleave_prob", "stopping_strategy"), "infer answers the rows of --val_dataset"
         yield ("streaming", "shuffle_buffer_size"), "infer reads all rows first"
-        yield ("loss_scale",), "nothing is trained"
+        yield ("loss_scale", "add_non_thinking_prefix", "disable_ignore_empty_think"), "nothing is trained"
         if not self.data.val_dataset:
             yield (
                 ("result_path", "max_batch_size", "columns", "disable_auto_column_mapping", "strict", "max_bad_rows_ratio", "dataset_num_proc"),
@@ -388,3 +395,27 @@ class VerifyConfig(Config):
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         return _idle_parallel(self.parallel)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig(Config):
+    """Settings of ``mswift data``."""
+
+    verb: ClassVar[str] = "data"
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    template: TemplateSection = field(default_factory=TemplateSection)
+    inspect: InspectSection = field(default_factory=InspectSection)
+
+    def faults(self) -> Iterator[str]:
+        yield from _model_faults(self.model)
+        if not self.data.dataset:
+            yield "--dataset is required: give one or more files, folders or hub ids"
+        if self.inspect.html and self.inspect.json:
+            yield "--html and --json were given, wanted one of them"
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        mixing = ("interleave_prob", "stopping_strategy", "streaming", "shuffle_buffer_size")
+        yield ("val_dataset", "split_dataset_ratio", "dataset_shuffle", "data_seed", *mixing), "data shows the first rows of --dataset"
+        yield ("dataset_num_proc",), "a few rows are shown"
+        yield ("response_prefix",), "it is for infer"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from mswift.config import aliases
-from mswift.config.configs import Config, ExportConfig, InferConfig, PtConfig, SftConfig, VerifyConfig
+from mswift.config.configs import Config, DataConfig, ExportConfig, InferConfig, PtConfig, SftConfig, VerifyConfig
 from mswift.config.fields import Flag, nearest, plain, shown
 from mswift.config.known import NOT_YET, SWITCHES_OFF
 from mswift.config.saved import apply_saved
@@ -26,6 +26,7 @@ CONFIGS: dict[str, type[Config]] = {
     "export": ExportConfig,
     "merge-lora": ExportConfig,
     "verify": VerifyConfig,
+    "data": DataConfig,
 }
 PRESETS: dict[str, dict[str, str]] = {"merge-lora": {"merge_lora": "true"}}
 _FILE_ENDINGS = (".yaml", ".yml", ".json")

@@ -17,7 +17,7 @@ from mswift.errors import ConfigError
 
 ARGS_FILE = "args.json"
 _WITH_ADAPTER = ("model", "model_revision", "torch_dtype", "use_hf")
-_WITH_MODEL = ("system", "response_prefix", "enable_thinking", "max_length")
+_WITH_MODEL = ("template", "system", "response_prefix", "enable_thinking", "max_length")
 
 
 def apply_saved(config_class: type[Config], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -55,6 +55,8 @@ def _read_args(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     for path in (place / ARGS_FILE for place in places):
         if path.is_file():
             content = _read_json(path)
+            if "sft_type" in content or "template_backend" in content:
+                content.pop("template", None)  # ms-swift's own: there it always has a name, also where it is the checkpoint's
             return path, {RENAMED[name]: value for name, value in content.items() if name in RENAMED} | content
     return None, {}
 

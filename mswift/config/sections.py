@@ -95,12 +95,17 @@ class PackingSection:
 
 @dataclass(kw_only=True, slots=True)
 class TemplateSection:
-    """How messages become tokens; the template itself is the checkpoint's."""
+    """How messages become tokens; without ``template`` the checkpoint's own chat template says it."""
 
+    template: str | None = option(None, "Chat template by name, such as qwen3, llama3, chatml or alpaca", auto="the checkpoint's own")
     system: str | None = option(None, "System message for rows that have none", auto="the template's own")
-    loss_scale: Literal["default", "last_round", "all"] = option("default", "Train on every answer, the last answer, or all tokens")
-    response_prefix: str | None = option(None, "Text that every answer begins with", auto="none")
+    loss_scale: str = option(
+        "default", "Answers that count: default (all), last_round or all (every token); with + and weights: hermes, react, ..., a JSON file"
+    )
+    response_prefix: str | None = option(None, "Text that every answer of infer begins with", auto="none")
     enable_thinking: bool | None = option(None, "Switch of hybrid thinking models", auto="the template's own")
+    add_non_thinking_prefix: bool = option(True, "Where a prompt opens the reasoning, train answers without any to close it first")
+    disable_ignore_empty_think: bool = option(False, "Train hybrid thinking models on empty reasoning too")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -317,3 +322,12 @@ class ExportSection:
     exist_ok: bool = option(False, "Write into a folder that exists")
     max_shard_size: str = option("5GB", "Largest file of weights", pattern=_SIZE_PATTERN, wanted="a size such as 5GB or 500MB")
     load_args: bool = option(True, "Take model settings from args.json beside the adapter")
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectSection:
+    """How rows are shown as the model sees them."""
+
+    inspect: int = option(5, "Rows to show, from the first of --dataset on", limits=_POSITIVE)
+    html: str | None = option(None, "Write a page with them to this file instead", auto="colours in the terminal", metavar="FILE")
+    json: bool = option(False, "Print one JSON object a row instead: source, row, input_ids, weights, text")

@@ -20,12 +20,14 @@ def resolve_model(
     revision: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The local directory of a model; downloaded first where the name is that of a hub.
 
     Args:
         name_or_path: a directory, or an id such as ``Qwen/Qwen3-0.6B``. use_hf: Hugging Face; False: ModelScope.
         revision, token: for the hub. trust_remote_code: fetch the repository's Python files as well; no pickle in any case.
+        weights: fetch the weights too, and not only config and tokenizer.
 
     Raises:
         ModelError: a path that does not exist, an id that the hub does not have, or no connection.
@@ -35,7 +37,7 @@ def resolve_model(
     if local is not None:
         return local
     name = str(name_or_path).strip()
-    patterns = [*PATTERNS, *(["*.py"] if trust_remote_code else [])]
+    patterns = [*(pattern for pattern in PATTERNS if weights or "safetensors" not in pattern), *(["*.py"] if trust_remote_code else [])]
     return _from_hugging_face(name, revision, token, patterns) if use_hf else _from_modelscope(name, revision, token, patterns)
 
 

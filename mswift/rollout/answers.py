@@ -14,8 +14,11 @@ from mswift.errors import DataError
 from mswift.rollout.generate import Answer, Generator
 from mswift.rollout.prompts import Question
 from mswift.rollout.settings import GenerationSettings
+from mswift.templates import Tool
+from mswift.templates.tool_calls import Parsed
 
 Answers: TypeAlias = dict[int, Answer]
+Parse: TypeAlias = Callable[[Sequence[int], Sequence[Tool]], Parsed]
 Gather: TypeAlias = Callable[[Answers], list[Answers] | None]
 
 _BATCHES_OF_A_WINDOW = 16
@@ -95,6 +98,7 @@ def answer_rows(
     batch_size: int = 1,
     seed: int | None = None,
     prefix: str = "",
+    parse: Parse | None = None,
     replica: Replica | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Throughput:
@@ -105,7 +109,8 @@ def answer_rows(
 
     Args:
         result: None on processes that do not write. seed: row number n is drawn with seed + n, whatever the batches and replicas are.
-        prefix: text that every answer begins with. progress: called with (rows done, all rows).
+        prefix: text that every answer begins with. parse: finds the tool calls in the answers to rows with tools.
+        progress: called with (rows done, all rows).
     """
     replica = replica or Replica()
     started, num_tokens, written = time.perf_counter(), 0, 0
@@ -115,13 +120,13 @@ def answer_rows(
             for index, answer in _answer_batch(generator, batch, questions, settings, seed):
                 mine[index] = answer
                 if result is not None and replica.count == 1:
-                    result.put(index, _record(questions[index], answer, prefix))
+                    result.put(index, _record(questions[index], answer, prefix, parse))
                 progress(min(written + len(mine) * replica.count, len(questions)), len(questions))
         for answers in replica.gather(mine) or ():
             num_tokens += sum(len(answer.token_ids) for answer in answers.values())
             if result is not None and replica.count > 1:
                 for index, answer in answers.items():
-                    result.put(index, _record(questions[index], answer, prefix))
+                    result.put(index, _record(questions[index], answer, prefix, parse))
         written += len(window)
     return Throughput(num_tokens, time.perf_counter() - started)
 
@@ -144,11 +149,16 @@ def _answer_batch(
         yield from ((batch[piece.row], piece.answer) for piece in pieces if piece.answer is not None)
 
 
-def _record(question: Question, answer: Answer, prefix: str) -> dict[str, Any]:
+def _record(question: Question, answer: Answer, prefix: str, parse: Parse | None) -> dict[str, Any]:
     response = prefix + answer.text
+    message: dict[str, Any] = {"role": "assistant", "content": response}
+    parsed = parse(answer.token_ids, question.tools) if parse is not None and question.tools else None
+    if parsed is not None and parsed.tool_calls:
+        message |= {"content": parsed.content, "tool_calls": list(parsed.tool_calls)}
     return {
         **question.columns,
-        "messages": [*question.messages, {"role": "assistant", "content": response}],
+        **({"tools": list(question.tools)} if question.tools else {}),
+        "messages": [*question.messages, message],
         "response": response,
         "labels": question.label,
         "finish_reason": answer.finish_reason,

@@ -9,7 +9,7 @@ from typing import Any
 from mswift.data.encoding import to_conversation
 from mswift.data.rows import Row
 from mswift.errors import DataError
-from mswift.templates import ChatTemplate, Conversation, Message
+from mswift.templates import ChatTemplate, Conversation, Message, Tool
 
 
 class PromptEncoder:
@@ -34,12 +34,14 @@ class Question:
 
     Args:
         messages: what the model is shown. label: the row's own answer, or None. prompt: token ids. columns: the row's other columns.
+        tools: schemas of the tools that the answer may call.
     """
 
     messages: list[Message]
     label: str | None
     prompt: list[int]
     columns: dict[str, Any]
+    tools: Sequence[Tool] = ()
 
 
 def make_questions(rows: Sequence[Row], encoder: PromptEncoder, *, max_length: int, cut_to: int | None = None) -> list[Question]:
@@ -69,5 +71,5 @@ def make_questions(rows: Sequence[Row], encoder: PromptEncoder, *, max_length: i
                 f"{row.where}: the prompt has {len(prompt)} tokens and the longest sequence is {max_length}; shorten the row, or give "
                 "--truncation_strategy left to keep the end of it"
             )
-        questions.append(Question(messages, label, prompt, row.columns))
+        questions.append(Question(messages, label, prompt, row.columns, row.tools or ()))
     return questions

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from mswift.errors import DataError, one_line
 from mswift.log import get_logger
-from mswift.templates.conversation import Conversation, Encoded, Message
+from mswift.templates.conversation import Conversation, Encoded, Message, Tool
 from mswift.templates.loss_scale import LossScale, parse_loss_scale
 from mswift.templates.plan import Plan, Planner, TurnEnd
 from mswift.templates.renderer import Renderer
 from mswift.templates.spans import Tokens, common_prefix, find_end, find_start
+from mswift.templates.tool_calls import Parsed, find_format, parse_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -112,6 +113,19 @@ class ChatTemplate:
         """Token ids that a served model gets for a conversation, up to the place where its answer begins."""
         prepared = self.renderer.prepare(Conversation.of(conversation), self.system)
         return self._tokenise([self.renderer.render(prepared, add_generation_prompt=True)])[0].ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens as it is, special tokens included."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def parse(self, token_ids: Sequence[int], tools: Sequence[Tool] = ()) -> Parsed:
+        """A generated turn as text and tool calls, by the format in which this template writes calls; its end is left out."""
+        ids, ends = list(token_ids), self.stop_token_ids
+        while ids and ids[-1] in ends:
+            ids.pop()
+        name = find_format(self.template_text)
+        return parse_answer(self.decode(ids), name, tools) if name else Parsed(self.decode(ids), ())
 
     def encode(self, conversation: Conversation | Sequence[Message]) -> Encoded:
         """A conversation as one row; its ids equal ``apply_chat_template(messages, tokenize=True)``.

@@ -51,7 +51,7 @@ class Strategy:
 
     def _after_delimiters(self, answer: str) -> list[Span]:
         found = list(re.finditer("|".join(map(re.escape, sorted(self.delimiters, key=len, reverse=True))), answer))
-        ends = [match.start() for match in found[1:]] + [len(answer)]
+        ends = [match.start() for match in found[1:]] + [len(answer)] * bool(found)
         spans: list[Span] = []
         for match, end in zip(found, ends, strict=True):
             own, following = self.delimiters[match[0]]

@@ -62,10 +62,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("stf", "error: 'stf' is not a verb of mswift; did you mean mswift sft?\n"),
         ("merge_loar", "error: 'merge_loar' is not a verb of mswift; did you mean mswift merge-lora?\n"),
-        ("zzz", "error: 'zzz' is not a verb of mswift; wanted one of sft, pt, infer, export, merge-lora, verify\n"),
-        ("deploy", "error: mswift deploy is not supported yet; there are sft, pt, infer, export, merge-lora, verify\n"),
-        ("web_ui", "error: mswift web-ui is not supported yet; there are sft, pt, infer, export, merge-lora, verify\n"),
-        ("--model", "error: '--model' is not a verb of mswift; wanted one of sft, pt, infer, export, merge-lora, verify\n"),
+        ("zzz", "error: 'zzz' is not a verb of mswift; wanted one of sft, pt, infer, export, merge-lora, verify, data\n"),
+        ("deploy", "error: mswift deploy is not supported yet; there are sft, pt, infer, export, merge-lora, verify, data\n"),
+        ("web_ui", "error: mswift web-ui is not supported yet; there are sft, pt, infer, export, merge-lora, verify, data\n"),
+        ("--model", "error: '--model' is not a verb of mswift; wanted one of sft, pt, infer, export, merge-lora, verify, data\n"),
     ],
 )
 def test_unknown_verbs(word: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,6 @@ def test_old_and_idle_names_are_noted_once() -> None:
         ("--torch_dtype float16", "--torch_dtype: float16 is not supported yet, wanted one of bfloat16, float32"),
         ("--tuner_type adalora", "--tuner_type: adalora is not supported yet, wanted one of lora, full"),
         ("--report_to tensorboard wandb", "--report_to: wandb is not supported yet, wanted one or more of tensorboard"),
-        ("--loss_scale default+react", "--loss_scale: default+react is not supported yet, wanted one of default, last_round, all"),
         ("--lora_rank", "--lora_rank: got nothing, wanted a whole number, at least 1"),
         ("--lora_rank 1 2", "--lora_rank: got 2 values ('1 2'), wanted a whole number, at least 1"),
         ("--target_modules", "--target_modules: got nothing, wanted one or more texts"),
@@ -262,7 +261,7 @@ def test_use_hf_from_the_environment() -> None:
 
 
 def test_verbs_and_their_configs() -> None:
-    own = {verb: verb for verb in ("sft", "pt", "infer", "export", "verify")}
+    own = {verb: verb for verb in ("sft", "pt", "infer", "export", "verify", "data")}
     assert {verb: config.verb for verb, config in CONFIGS.items()} == {**own, "merge-lora": "export"}
     assert isinstance(parse_command("infer", ["--model", "m"]), InferConfig)
     merge = parse_command("merge-lora", ["--model", "m", "--adapters", "a"])

@@ -67,6 +67,8 @@ def test_a_trained_model_brings_its_template_only(tmp_path: Path) -> None:
     (tmp_path / "args.json").write_text(json.dumps({"model": "org/base", "system": "hi", "torch_dtype": "float32"}))
     config = parse_command("infer", ["--model", str(tmp_path)])
     assert (config.model.model, config.model.torch_dtype, config.template.system) == (str(tmp_path), None, "hi")
+    (tmp_path / "args.json").write_text(json.dumps({"template": "chatml"}))
+    assert parse_command("infer", ["--model", str(tmp_path)]).template.template == "chatml"
     assert parse_command("sft", ["--model", str(tmp_path), "--dataset", "d"]).template.system is None
 
 

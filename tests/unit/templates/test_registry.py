@@ -91,7 +91,7 @@ def test_every_turn_is_trained_once_from_where_its_served_prompt_ends(name: str)
             assert ids[stop - 1] in template.stop_token_ids, title
             if name in OPENED or (name in SYSTEM_MOVES and prepared.messages[0]["role"] == "system"):
                 continue
-            if name == "seed_oss" and title == "empty turns":
+            if name == "seed_oss" and any(not m["content"].strip() and "tool_calls" not in m for m in prepared.messages[: turn + 1]):
                 continue  # an empty turn is rendered without the line end that its prompt has
             whole = tokenizer.decode(apply(name, prepared.upto(turn + 1)))
             assert tokenizer.decode(ids[: stop - 1]) == whole[: len(tokenizer.decode(ids[: stop - 1]))], title

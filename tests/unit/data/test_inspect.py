@@ -1,0 +1,99 @@
+"""Rows as they are shown: every token with its text and weight, in each of the three forms."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mswift.data.inspect import Shown, first_rows, inspect_rows, legend, split_text, to_html, to_json, to_terminal
+from mswift.data.loading import ReadSettings
+from mswift.errors import DataError
+from mswift.templates import ChatTemplate
+from tests.unit.templates.registry import tokenizer_for
+
+TEXT = "Grüße 🙂🙃 你好 <b>&amp;</b>\n  x"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Action: go\nObservation: no"}]},
+        {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "b", "loss": False}]},
+        {"query": "3", "response": "c"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n")
+    return path
+
+
+def shown(file: Path, name: str = "qwen2_5", kind: str = "byte_level", count: int = 3) -> list[Shown | DataError]:
+    template = ChatTemplate(tokenizer_for(name, kind), loss_scale="react")
+    return inspect_rows(first_rows([str(file)], ReadSettings(), count), template, max_length=30)
+
+
+def test_only_the_first_rows_are_read_and_faults_keep_their_place(file: Path) -> None:
+    first, second, third = shown(file)
+    assert isinstance(first, Shown)
+    assert isinstance(second, DataError)
+    assert isinstance(third, Shown)
+    assert str(second) == f"{file}:2: no assistant turn to train on; every training row needs one"
+    assert (first.source, first.row, third.row, first.part, first.parts) == (str(file), 1, 3, 1, 1)
+    assert first.title.endswith(" trained (longer than 30)")
+    with pytest.raises(DataError):
+        shown(file, count=4)
+    with pytest.raises(DataError, match="holds no rows; check --dataset"):
+        first_rows([str(file.with_name("b.jsonl"))], ReadSettings(), 1) if file.with_name("b.jsonl").write_text("\n") else None
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "split_byte_level", "metaspace"])
+def test_pieces_are_one_a_token_and_make_up_the_text(file: Path, kind: str) -> None:
+    first = shown(file, kind=kind)[0]
+    assert isinstance(first, Shown)
+    assert len(first.pieces) == len(first.encoded)
+    template = ChatTemplate(tokenizer_for("qwen2_5", kind))
+    text = "".join(first.pieces)
+    assert text == template.decode(first.encoded.input_ids)
+    assert "🙂🙃 你好" in text
+    assert "\ufffd" not in text
+    assert split_text(template, []) == ()
+
+
+def test_json_holds_ids_weights_and_text(file: Path) -> None:
+    first = shown(file)[0]
+    assert isinstance(first, Shown)
+    record = json.loads(to_json(first))
+    assert list(record) == ["source", "row", "input_ids", "weights", "text"]
+    assert record["input_ids"] == first.encoded.input_ids
+    assert set(record["weights"]) == {0.0, 1.0, 2.0}
+    assert TEXT in record["text"]
+
+
+def test_the_terminal_shows_all_text_and_marks_weights(file: Path) -> None:
+    first = shown(file)[0]
+    assert isinstance(first, Shown)
+    text = to_terminal(first)
+    assert re.sub(r"\[x[0-9.]+\]", "", text.plain) == f"{first.title}\n{''.join(first.pieces)}"
+    assert "[x2]Action: go\nObservation:" in text.plain
+    styles = {str(span.style) for span in text.spans}
+    assert {"dim", "bold green", "bold magenta", "reverse"} <= styles
+    assert "trained" in legend().plain
+
+
+def test_the_page_stands_alone_and_has_every_token(file: Path) -> None:
+    made = shown(file)
+    page = to_html(made, "m: <a.jsonl>")
+    assert "m: &lt;a.jsonl&gt;" in page
+    assert not re.search(r"(?:src|href)=|@import|url\(", page)
+    first = made[0]
+    assert isinstance(first, Shown)
+    tokens = re.findall(r'<i(?: class=(\w))? title="id (\d+), weight ([\d.]+)">(.*?)</i>', page, re.DOTALL)
+    mine = tokens[: len(first.encoded)]
+    assert [int(token[1]) for token in mine] == first.encoded.input_ids
+    assert [float(token[2]) for token in mine] == first.encoded.weights
+    assert html.unescape("".join(token[3] for token in mine)).replace("\u21b5", "") == "".join(first.pieces)
+    assert {token[0] for token in mine} == {"", "t", "m"}
+    assert "every training row needs one" in page
