@@ -51,7 +51,8 @@ def data(config: DataConfig) -> None:
     if config.inspect.html:
         page = Path(config.inspect.html).expanduser()
         page.write_text(to_html(shown, f"{config.model.model}: {', '.join(config.data.dataset)}"), encoding="utf8")
-        print(f"{len(shown)} training rows of {len(rows)} rows in {page}")
+        num_shown = sum(not isinstance(one, DataError) for one in shown)
+        print(f"{num_shown} training rows of {len(rows)} rows in {page}")
     elif config.inspect.json:
         for one in shown:
             print(f"error: {one}" if isinstance(one, DataError) else to_json(one), file=sys.stderr if isinstance(one, DataError) else sys.stdout)

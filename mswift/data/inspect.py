@@ -107,8 +107,8 @@ def to_json(shown: Shown) -> str:
 
 def to_terminal(shown: Shown) -> Text:
     """Trained tokens in colour, the others dim; a weight that is neither 0 nor 1 is written before its stretch."""
-    text = Text(shown.title, style="bold")
-    text.append("\n")
+    text = Text()
+    text.append(f"{shown.title}\n", style="bold")
     for weight, positions in shown.runs():
         style = dict(_TRAINED).get(weight, _MORE if weight > 1 else _LESS)
         if weight not in (0.0, 1.0):
@@ -119,7 +119,8 @@ def to_terminal(shown: Shown) -> Text:
 
 def legend() -> Text:
     """What the colours of `to_terminal` mean."""
-    text = Text("trained", style="bold green")
+    text = Text()
+    text.append("trained", style="bold green")
     text.append("  not trained", style="dim")
     text.append("  [x2] counts more", style=_MORE)
     text.append("  [x0.5] counts less", style=_LESS)

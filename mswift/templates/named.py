@@ -81,6 +81,6 @@ def find_template(name: str) -> NamedTemplate:
     found = names.get(plain)
     if found is None:
         near = nearest(plain, list(names))
-        hint = f"did you mean {near}?" if near else "wanted a name"
-        raise ConfigError(f"--template {name} is unknown; {hint} (there are {', '.join(names)}; without the flag the checkpoint's own is used)")
+        hint = f"did you mean {near}?" if near else f"wanted one of {', '.join(table())}"
+        raise ConfigError(f"--template {name} is unknown; {hint} (without the flag the checkpoint's own is used)")
     return found

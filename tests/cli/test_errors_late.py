@@ -100,7 +100,7 @@ def architecture_of_another_family(lab: Lab) -> Words:
     return lab.sft()
 
 
-@case("m has no chat template", "take the chat (Instruct) model, or put a chat_template.jinja into its directory")
+@case("m has no chat template", "take the chat (Instruct) model, give --template NAME (such as chatml), or put a chat_template.jinja")
 def missing_template(lab: Lab) -> Words:
     (lab.model / "chat_template.jinja").unlink()
     return lab.sft()
