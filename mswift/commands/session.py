@@ -49,7 +49,7 @@ def check(config: Config, world: int) -> None:
     """
     from mswift.conversion.hub import local_model
 
-    if isinstance(config, SftConfig | InferConfig):
+    if isinstance(config, SftConfig | InferConfig | ExportConfig):
         check_template(config.template)
     directory = local_model(config.model.model)
     layout = ParallelLayout(world=world, **config.parallel.sizes())
