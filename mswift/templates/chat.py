@@ -101,7 +101,9 @@ class ChatTemplate:
         parts = {
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
             "chat template": self.template_text,
-            "setting of the template (system, loss_scale, enable_thinking)": repr((self.system, self.loss_scale, self._settings)),
+            "setting of the template (system, loss_scale, enable_thinking)": repr(
+                (self.system, self.loss_scale, self._settings, self._planner.add_non_thinking_prefix)
+            ),
         }
         return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
