@@ -13,7 +13,7 @@ from mswift.templates import ChatTemplate, Conversation
 from mswift.templates.tool_calls import FORMATS, find_format, parse_answer
 from mswift.templates.tools import add_ids, check_tools
 from tests.unit.templates.registry import WEATHER, answer, assistant, call, tokenizer_for, user
-from tests.unit.templates.test_registry import WITH_TOOLS
+from tests.unit.templates.test_every_template import WITH_TOOLS
 
 TOOL = {
     "type": "function",
