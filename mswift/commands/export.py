@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> None:
         import mswift.engines.megatron_model  # noqa: F401  (seconds of libraries that are no part of the conversion)
 
         begun = time.perf_counter()
-        model = load_model(session, config.model, config.parallel, deferred=True)
+        model = load_model(session, config.model, config.parallel, deferred=True, further=True)
         if adapter is not None:
             model.load_adapter(adapter)
         if settings.to_mcore:

@@ -288,11 +288,14 @@ def make_encoder(directory: Path, config: SftConfig) -> RowEncoder:
     return PlainText(load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code))
 
 
-def load_model(session: Session, model: ModelSection, parallel: ParallelSection, *, deferred: bool = False, **transformer: Any) -> MegatronModel:
+def load_model(
+    session: Session, model: ModelSection, parallel: ParallelSection, *, deferred: bool = False, further: bool = False, **transformer: Any
+) -> MegatronModel:
     """The megatron model of this process, read from the session's directory.
 
     Args:
-        deferred: leave reading weights to `MegatronModel.ensure`. transformer: further TransformerConfig fields.
+        deferred: leave reading weights to `MegatronModel.ensure`. further: also the layers that predict further ahead.
+        transformer: more TransformerConfig fields.
     """
     from mswift.engines.megatron_model import BuildSettings, MegatronModel
     from mswift.log import get_logger, progress_bar
@@ -304,10 +307,17 @@ def load_model(session: Session, model: ModelSection, parallel: ParallelSection,
         trust_remote_code=model.trust_remote_code,
         allow_unknown_config=model.allow_unknown_config,
         deferred=deferred,
+        further=further,
         transformer=transformer,
     )
     with progress_bar("loading the model") as progress:
         loaded = MegatronModel(settings, session.groups, session.runtime, progress=progress)
     for what, count in loaded.left_out.items():
-        get_logger(__name__).warning("%d tensors of %s are left out: %s; an export will not have them", count, session.directory, what)
+        get_logger(__name__).warning("%d tensors of %s are left out: %s; an export %s", count, session.directory, what, _fate(loaded))
     return loaded
+
+
+def _fate(model: MegatronModel) -> str:
+    if model.reader is None:
+        return "will not have them"
+    return "to Hugging Face's form has them as they are, a Megatron checkpoint will not have them"

@@ -140,7 +140,12 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
     recompute: dict[str, Any] = {} if train.recompute_granularity == "none" else {"recompute_granularity": train.recompute_granularity}
     if train.recompute_granularity == "full":
         recompute |= {"recompute_method": train.recompute_method, "recompute_num_layers": train.recompute_num_layers}
-    model = load_model(session, config.model, config.parallel, **recompute)
+    if train.mtp_num_layers is not None:
+        recompute["mtp_loss_scaling_factor"] = train.mtp_loss_scaling_factor
+    model = load_model(session, config.model, config.parallel, further=train.mtp_num_layers is not None, **recompute)
+    found = model.description.built_further
+    if train.mtp_num_layers not in (None, found):
+        raise ConfigError(f"--mtp_num_layers is {train.mtp_num_layers}, but {session.directory} has {found} of them; give that number, or none")
     adapter = find_adapter(tuner.adapters)
     if adapter is not None:
         model.load_adapter(adapter, dropout=tuner.lora_dropout)

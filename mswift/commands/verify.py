@@ -108,9 +108,9 @@ def _files(session: Session, here: Path, there: Path, progress: Any) -> Iterator
 
 def _parameters(config: VerifyConfig, session: Session, there: Path, progress: Any) -> Iterator[Compared]:
     """At least one Megatron checkpoint: this rank's part of every parameter, as both give it."""
-    first = load_model(session, config.model, config.parallel, deferred=True)
+    first = load_model(session, config.model, config.parallel, deferred=True, further=True)
     other = dataclasses.replace(session, directory=there)
-    second = load_model(other, _other(config), config.parallel, deferred=True)
+    second = load_model(other, _other(config), config.parallel, deferred=True, further=True)
     theirs = dict(second.named_tensors())
     names = dict(first.named_tensors())
     place = f" (rank {session.groups.rank})" if session.groups.layout.world > 1 else ""

@@ -277,6 +277,8 @@ class SftConfig(Config):
             yield _LORA_FLAGS, "--tuner_type is full"
         if self.train.recompute_granularity != "full":
             yield ("recompute_method", "recompute_num_layers"), "it needs --recompute_granularity full"
+        if self.train.mtp_num_layers is None:
+            yield ("mtp_loss_scaling_factor",), "it needs --mtp_num_layers"
         if self.train.max_steps is not None:
             yield ("num_train_epochs",), "--max_steps wins"
         if self.optim.warmup_steps:

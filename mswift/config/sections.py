@@ -189,6 +189,8 @@ class TrainSection:
     seed: int = option(42, "Seed of new weights and of dropout", low=0)
     recompute_granularity: Literal["none", "selective", "full"] = option("none", "What is computed again in the backward pass, to save memory")
     recompute_method: Literal["uniform", "block"] = option("uniform", "With full: in even chunks, or the first layers only")
+    mtp_num_layers: int | None = option(None, "Layers that predict further ahead, trained too: all of the model's", auto="none", limits=_POSITIVE)
+    mtp_loss_scaling_factor: float = option(0.1, "Factor on the mean loss of those layers", limits=_NOT_NEGATIVE)
     recompute_num_layers: int = option(1, "With full: layers of a chunk (uniform), or layers that are recomputed (block)", limits=_POSITIVE)
 
     def resolve_global_batch_size(self, data_parallel: int) -> int:

@@ -61,7 +61,7 @@ class LoadPlan:
     """
 
     def __init__(self, tasks: list[_Task], reader: TensorReader, left_out: dict[str, int]) -> None:
-        self._tasks, self._reader, self.left_out = tasks, reader, left_out
+        self._tasks, self.reader, self.left_out = tasks, reader, left_out
         self._waiting = {task.parameter.tensor.untyped_storage().data_ptr(): task for task in tasks if task.parameter.tensor.numel()}
         self.total, self.done = sum(task.nbytes(reader) for task in tasks), 0
 
@@ -73,8 +73,8 @@ class LoadPlan:
         """Read the parameter that ``tensor`` is, or is a view of, if it has not been read before."""
         task = self._waiting.pop(tensor.untyped_storage().data_ptr(), None)
         if task is not None:
-            fill(task.parameter.tensor, task.slices, self._reader, task.stack)
-            self.done += task.nbytes(self._reader)
+            fill(task.parameter.tensor, task.slices, self.reader, task.stack)
+            self.done += task.nbytes(self.reader)
 
     def fill_all(self, progress: Progress | None = None) -> LoadReport:
         """Read all that is left; ``progress`` is called after every parameter."""

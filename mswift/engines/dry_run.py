@@ -19,6 +19,7 @@ from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule
 from mswift.families import find_family
 from mswift.families.base import choose_dtype
+from mswift.families.common import all_rules, count_further
 from mswift.families.fields import describe_checked
 from mswift.families.model import base_parameters, build_model, read_hf_config, transformer_config
 from mswift.parallel.groups import make_groups
@@ -74,10 +75,12 @@ def plan_conversion(
     family = find_family(hf.architectures, str(directory))
     description = describe_checked(family, read_json(directory / CONFIG_FILE), hf, str(directory / CONFIG_FILE), allow_unknown=True)
     wanted = getattr(torch, choose_dtype(dtype, hf.dtype, str(directory)))
-    rules = family.rules(hf, description.padding(layout.tp))
     ranks, names, shapes = [], set(), []
     places = [(stage, ep) for stage in range(layout.pp) for ep in range(layout.ep)]
     with open_checkpoint(directory) as reader:
+        further = count_further(description, reader.names)
+        description = description.with_further(further)
+        rules = all_rules(family, hf, description.padding(layout.tp), further)
         for done, (stage, ep) in enumerate(places, start=1):
             with _Imagined(layout, _rank_of(layout, stage, ep)) as groups, torch.device("meta"):
                 config = transformer_config(description, groups, runtime, dtype=wanted, sequence_parallel=layout.tp > 1)

@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
 from mswift.data.batches import MicroBatch
@@ -134,7 +135,9 @@ class MegatronEngine:
             batch, width = self._share(whole), whole.input_ids.shape[1]
             torch.manual_seed(micro_batch_seed(self.seed, step, batch.index * self.groups.layout.cp + self.groups.coords.cp))
             packed = None if batch.cu_seqlens is None else packed_rows(batch.cu_seqlens, self.device)
-            output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed, rotary_length=width)
+            output = model(
+                batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed, rotary_length=width, loss_mask=batch.weights
+            )
             return output, functools.partial(self._loss, batch, objective)
 
         return self._schedule(
@@ -216,7 +219,9 @@ class MegatronEngine:
     def _trained_weights(self, chunk: CausalLM, metadata: dict[str, Any]) -> dict[str, Any]:
         """megatron's description of what is trained in one chunk, by local name; the wrapped layers of adapters go by the layer's own."""
         trained = {name.replace(".base_layer.", ".") for name, parameter in chunk.named_parameters() if parameter.requires_grad}
-        return {name: tensor for name, tensor in chunk.sharded_state_dict(metadata=metadata).items() if name in trained}
+        return {
+            name: tensor for name, tensor in chunk.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(metadata)).items() if name in trained
+        }
 
     def _torch_optimizers(self) -> list[torch.optim.Optimizer]:
         chained = self.optimizer.chained_optimizers
@@ -265,6 +270,7 @@ class MegatronEngine:
         for chunk in self.model.chunks:
             for name, parameter in chunk.named_parameters():
                 copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+                copy = copy or (name == "embedding.word_embeddings.weight" and not chunk.pre_process)  # of layers that predict further ahead
                 shard = shard_of(parameter, self.groups)
                 if copy or (shard.dim is None and shard.rank > 0):
                     continue

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from mswift.conversion.coverage import fail_on, gap, rules_by_target
 from mswift.conversion.directories import ADAPTER_CONFIG_FILE, CONFIG_FILE, MCORE_FILE, MCORE_WEIGHTS, megatron_weights, read_json
@@ -27,8 +28,10 @@ from mswift.conversion.dist_checkpoint import PartsWriter, load_tensors, save_st
 from mswift.conversion.export import plain_config
 from mswift.conversion.load import LocalParameter, Progress, gather_names
 from mswift.conversion.staging import begin_draft, check_space, check_target, draft_of, parse_size, publish, stamp_of
+from mswift.engines.further import NOTE_FILE, PREFIX, names_of_copies
 from mswift.engines.megatron_keys import EXTRA_STATE, FOREIGN, add_extra_states, fit_to_stored
 from mswift.errors import CheckpointError
+from mswift.families.common import FURTHER_LAYERS
 from mswift.families.modules import CausalLM
 from mswift.log import is_main_process
 from mswift.parallel.agree import agree, attempt
@@ -37,7 +40,6 @@ from mswift.tuners.lora import LoraSettings
 if TYPE_CHECKING:
     from mswift.engines.megatron_model import MegatronModel
 
-NOTE_FILE = "mswift.json"
 _PART = 5 * 10**8  # bytes of a file: several, so that the disk writes one while the next is read
 _FACTORS = (".lora_a", ".lora_b", ".lora_magnitude")
 _LAYOUT_FREE = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -95,6 +97,8 @@ def write_checkpoint(
     note: dict[str, Any] = {"family": model.family.name, "dtype": dtype, "layout": model.groups.layout.describe()}
     wider = sorted(gather_names(model.held_wider))
     note |= {"held_wider": wider} if wider else {}
+    if copies := names_of_copies(model):
+        note["copies"] = copies
     texts = {NOTE_FILE: note, CONFIG_FILE: plain_config(read_json(model.settings.directory / CONFIG_FILE), dtype)}
     agree(attempt(lambda: _finish(draft, directory, texts, model.tokenizer_files())), f"writing {directory}")
     figures = torch.tensor([writer.bytes, writer.num_files, writer.reused])
@@ -145,6 +149,10 @@ def _fill(model: MegatronModel, directory: Path, padded: set[int]) -> None:
     for chunk in state.values():
         for name in [name for name in chunk if name.endswith(EXTRA_STATE)]:
             del chunk[name]  # written for readers that ask for it; empty without Transformer Engine
+    if not model.description.built_further and model.lora is None:
+        unread = [key for key in stored if key.startswith(PREFIX)]
+        model.unread = {FURTHER_LAYERS: len(unread)} if unread else {}
+        stored = {key: shape for key, shape in stored.items() if key not in unread}
     for shard in _shards(state):
         fit_to_stored(shard, stored, model.config.num_layers)
     wanted = {shard.key for shard in _shards(state)}
@@ -219,7 +227,8 @@ def _sharded(model: MegatronModel) -> dict[str, Any]:
     """megatron's description of the base weights, or of the adapter if there is one, by chunk, as Megatron-LM keys them."""
 
     def described(chunk: CausalLM) -> dict[str, Any]:
-        found = chunk.sharded_state_dict(metadata={**_LAYOUT_FREE, **layers_alone(model)}).items()
+        metadata = ensure_metadata_has_dp_cp_group({**_LAYOUT_FREE, **layers_alone(model)})
+        found = chunk.sharded_state_dict(metadata=metadata).items()
         return {name: entry for name, entry in found if (model.lora is not None) == name.endswith(_FACTORS)}
 
     alone = len(model.chunks) == 1

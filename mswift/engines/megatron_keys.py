@@ -45,6 +45,8 @@ def fit_to_stored(shard: ShardedTensor, stored: Collection[str], num_layers: int
 
 def _norm_forms(key: str) -> Iterator[str]:
     yield key
+    if key.startswith("mtp."):  # newer megatron-core calls the block inside by another name
+        yield key.replace(".transformer_layer.", ".mtp_model_layer.")
     for own, fused in BOTH_FORMS:
         for one, other in ((own, fused), (fused, own)):
             if f".{one}" in key:

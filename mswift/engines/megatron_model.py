@@ -21,14 +21,15 @@ from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, gather_names, plan_load
 from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule
-from mswift.conversion.safetensors_io import bytes_of
+from mswift.conversion.safetensors_io import TensorReader, bytes_of
 from mswift.conversion.shards import Axis
 from mswift.conversion.staging import stamp_of
-from mswift.engines import megatron_adapter
+from mswift.engines import further, megatron_adapter
 from mswift.engines.megatron_checkpoint import read_checkpoint, wider_names
 from mswift.errors import ConfigError
 from mswift.families import find_family
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
+from mswift.families.common import all_rules
 from mswift.families.fields import describe_checked
 from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, transformer_config
 from mswift.families.modules import CausalLM, SharedSequence, packed_rows
@@ -61,6 +62,8 @@ class BuildSettings:
         sequence_parallel: split activations over tensor-parallel ranks between the products.
         allow_unknown_config: go on where config.json has fields that may change the model and that its family does not read.
         deferred: leave reading the weights of a Hugging Face directory to `MegatronModel.ensure`.
+        further: also the layers that predict further ahead (MTP), which are all or none; without them an export copies those of a Hugging Face
+            directory as they are.
         transformer: further TransformerConfig fields (recomputation).
     """
 
@@ -70,6 +73,7 @@ class BuildSettings:
     trust_remote_code: bool = False
     allow_unknown_config: bool = False
     deferred: bool = False
+    further: bool = False
     transformer: dict[str, Any] | None = None
 
 
@@ -89,14 +93,19 @@ class MegatronModel:
         self.description: MegatronDescription = describe_checked(
             self.family, read_json(path), self.hf_config, str(path), allow_unknown=settings.allow_unknown_config
         )
+        if settings.further:
+            self.description = self.description.with_further(further.count_in(settings.directory, self.description))
         self.dtype: torch.dtype = _DTYPES[choose_dtype(settings.dtype, self.hf_config.dtype, str(settings.directory))]
         self.config = transformer_config(
             self.description, groups, runtime, dtype=self.dtype, sequence_parallel=settings.sequence_parallel, **(settings.transformer or {})
         )
-        self.rules: tuple[AnyRule, ...] = self.family.rules(self.hf_config, self.description.padding(groups.layout.tp))
+        self.rules: tuple[AnyRule, ...] = all_rules(
+            self.family, self.hf_config, self.description.padding(groups.layout.tp), self.description.built_further
+        )
         self.chunks: list[CausalLM] = build_model(self.description, self.config, groups)
         self.lora: LoraSettings | None = None
         self.held_wider: set[str] = set()
+        self.unread: dict[str, int] = {}
         self._plan: LoadPlan | None = None
         local = self._local_parameters()
         if is_megatron(settings.directory):
@@ -125,7 +134,12 @@ class MegatronModel:
     @property
     def left_out(self) -> dict[str, int]:
         """How many tensors of the checkpoint this model has no place for, by what they are."""
-        return {} if self._plan is None else self._plan.left_out
+        return self.unread if self._plan is None else self._plan.left_out
+
+    @property
+    def reader(self) -> TensorReader | None:
+        """The Hugging Face directory that the model is read from; None where it is a Megatron checkpoint."""
+        return None if self._plan is None else self._plan.reader
 
     @property
     def linear_names(self) -> set[str]:
@@ -248,7 +262,7 @@ class MegatronModel:
     def _exported_config(self) -> dict[str, Any]:
         """The checkpoint's config.json; one that promises layers which were left out would have them made up at random."""
         config = json.loads((self.settings.directory / CONFIG_FILE).read_text(encoding="utf8"))
-        return {**config, "num_nextn_predict_layers": 0} if self.description.further_layers and self.left_out else config
+        return {**config, "num_nextn_predict_layers": 0} if self.description.further_layers and self.unread else config
 
     def _stored_dtype(self, name: str, parameter: torch.Tensor) -> torch.dtype:
         return self.dtype if name in self.held_wider else parameter.dtype
@@ -284,12 +298,13 @@ class MegatronModel:
             for chunk in self.chunks
             for name, parameter, shard in base_parameters(chunk, self.groups)
         ]
+        carried, carried_rules = further.carried(self)
         source = None
         if keep:
             source = {"model": stamp_of(self.settings.directory), "adapter": self._adapter_digest()}
         return export_model(
-            parameters,
-            self.rules,
+            parameters + carried,
+            [*self.rules, *carried_rules],
             directory,
             config=self._exported_config(),
             groups=self._export_groups(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mswift.conversion.rules import AnyRule
@@ -166,7 +166,7 @@ class MegatronDescription:
         parallel: attention and MLP read the same input and are added together. residual_scale: factor on each sublayer's output.
         embedding_scale: factor on the embedding. logit_scale, logit_softcap: factor on the logits, then their limit by tanh.
         choice: how experts are chosen; None: as megatron-core's router does. further_layers: layers behind the last one that predict tokens
-            further ahead; they are not loaded, as transformers does not load them.
+            further ahead, of which config.json tells. built_further: how many of them the model has; see `with_further`.
     """
 
     transformer: dict[str, Any]
@@ -189,6 +189,24 @@ class MegatronDescription:
     logit_softcap: float | None = None
     choice: ExpertChoice | None = None
     further_layers: int = 0
+    built_further: int = 0
+
+    def with_further(self, count: int) -> MegatronDescription:
+        """The same with `count` layers that predict further ahead, each of the kind of the last layer."""
+
+        def longer(pattern: Any) -> Any:
+            return pattern if pattern is None or isinstance(pattern, int) else type(pattern)([*pattern, *[pattern[-1]] * count])
+
+        names = ("moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq")
+        patterns = {name: longer(self.transformer[name]) for name in names if name in self.transformer}
+        style = self.attention
+        attention = replace(
+            style,
+            rotation_of_layer=longer(style.rotation_of_layer),
+            factor_of_layer=longer(style.factor_of_layer),
+            chunk_of_layer=longer(style.chunk_of_layer),
+        )
+        return replace(self, transformer={**self.transformer, **patterns}, attention=attention, built_further=count) if count else self
 
     def is_mixture(self, layer: int) -> bool:
         """Whether a layer, counted from 0, is a mixture of experts."""
@@ -231,6 +249,7 @@ class ModelFamily:
         name: short name, such as ``qwen2``. architectures: values of ``architectures`` in config.json.
         describe: Hugging Face config -> megatron description; raises ModelError for what it cannot express exactly.
         rules: (Hugging Face config, padding of the layout) -> one rule for every tensor.
+        further_rules: (Hugging Face config, padding, how many) -> the rules of the layers that predict further ahead; None: they cannot be loaded.
         model_types: pairs of a ``model_type`` that transformers does not know and the one whose config class reads such a config.json.
     """
 
@@ -238,6 +257,7 @@ class ModelFamily:
     architectures: tuple[str, ...]
     describe: Callable[[HfConfig], MegatronDescription]
     rules: Callable[[HfConfig, Padding], tuple[AnyRule, ...]]
+    further_rules: Callable[[HfConfig, Padding, int], tuple[AnyRule, ...]] | None = None
     model_types: tuple[tuple[str, str], ...] = ()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+MTP_BLOCK = "transformer_layer"
+"""What megatron-core calls the block inside a layer that predicts further ahead."""
+SHARED_COPY = "a copy of what the model has"
 FURTHER_LAYERS = "layers that predict tokens further ahead (MTP)"
 PRE_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
 
@@ -168,7 +172,10 @@ def decoder_family(
     def rules(hf: HfConfig, padding: Padding) -> tuple[AnyRule, ...]:
         return decoder_rules(describe(hf), padding, known)
 
-    return register(ModelFamily(name, architectures, describe, rules, model_types))
+    def further(hf: HfConfig, padding: Padding, count: int) -> tuple[AnyRule, ...]:
+        return further_rules(describe(hf).with_further(count), padding, known)
+
+    return register(ModelFamily(name, architectures, describe, rules, further, model_types))
 
 
 def decoder_rules(description: MegatronDescription, padding: Padding, names: TensorNames) -> tuple[AnyRule, ...]:
@@ -191,18 +198,51 @@ def decoder_rules(description: MegatronDescription, padding: Padding, names: Ten
     if description.head_bias:
         rules.append(PaddedRows("output_layer.bias", "lm_head.bias", description.vocab_size, padding.vocab))
     for layer in range(description.transformer["num_layers"]):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for mine, its in names.norms.items():
-            rules += _norm(ours + mine, theirs + its, description)
-        if description.is_recurrent(layer):
-            rules += delta_rules(ours + "self_attention.", theirs, description, names.delta_inputs)
-        else:
-            rules += _attention(ours + "self_attention.", theirs, description, padding, names)
-        if description.is_mixture(layer):
-            rules += expert_rules(ours + "mlp.", theirs, description, names.experts)
-        else:
-            rules += _mlp(ours + "mlp.", theirs, description, names)
+        rules += _layer(f"decoder.layers.{layer}.", layer, description, padding, names)
     return tuple(rules)
+
+
+def _layer(ours: str, layer: int, description: MegatronDescription, padding: Padding, names: TensorNames) -> list[Rule]:
+    rules: list[Rule] = []
+    theirs = f"model.layers.{layer}."
+    for mine, its in names.norms.items():
+        rules += _norm(ours + mine, theirs + its, description)
+    if description.is_recurrent(layer):
+        rules += delta_rules(ours + "self_attention.", theirs, description, names.delta_inputs)
+    else:
+        rules += _attention(ours + "self_attention.", theirs, description, padding, names)
+    if description.is_mixture(layer):
+        return rules + expert_rules(ours + "mlp.", theirs, description, names.experts)
+    return rules + _mlp(ours + "mlp.", theirs, description, names)
+
+
+def further_rules(description: MegatronDescription, padding: Padding, names: TensorNames) -> tuple[AnyRule, ...]:
+    """The rules of the layers that predict further ahead, as DeepSeek-V3 writes them: numbered on, with copies of the embedding and the head."""
+    rules: list[AnyRule] = []
+    first, head = description.transformer["num_layers"], "model.embed_tokens.weight" if description.tied else "lm_head.weight"
+    for index in range(description.built_further):
+        ours, theirs = f"mtp.layers.{index}.", f"model.layers.{first + index}."
+        rules += _layer(f"{ours}{MTP_BLOCK}.", first + index, description, padding, names)
+        for mine, its in (("enorm", "enorm"), ("hnorm", "hnorm"), ("final_layernorm", "shared_head.norm")):
+            rules += _norm(ours + mine, theirs + its, description)
+        rules.append(Rename(f"{ours}eh_proj.weight", f"{theirs}eh_proj.weight"))
+        copies = {f"{theirs}embed_tokens.weight": "model.embed_tokens.weight", f"{theirs}shared_head.head.weight": head}
+        rules += [Drop(re.escape(copy), SHARED_COPY, equals=source) for copy, source in copies.items()]
+    return tuple(rules)
+
+
+def all_rules(family: ModelFamily, hf: HfConfig, padding: Padding, further: int) -> tuple[AnyRule, ...]:
+    """The rules of a family, with `further` layers that predict further ahead in the place of what drops them."""
+    rules = family.rules(hf, padding)
+    if not further or family.further_rules is None:
+        return rules
+    return (*(rule for rule in rules if not (isinstance(rule, Drop) and rule.reason == FURTHER_LAYERS)), *family.further_rules(hf, padding, further))
+
+
+def count_further(description: MegatronDescription, tensors: Iterable[str]) -> int:
+    """How many layers that predict further ahead a Hugging Face checkpoint has, of those that its config.json tells of."""
+    first, known = description.transformer["num_layers"], set(tensors)
+    return sum(f"model.layers.{first + index}.eh_proj.weight" in known for index in range(description.further_layers))
 
 
 def _norm(ours: str, theirs: str, description: MegatronDescription) -> list[Rule]:

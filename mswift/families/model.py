@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -16,6 +17,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -93,7 +99,8 @@ def transformer_config(
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "pipeline_model_parallel_layout": _stages(layout, fields["num_layers"]),
+        "pipeline_model_parallel_layout": _stages(layout, fields["num_layers"], description.built_further),
+        "mtp_num_layers": description.built_further or None,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
@@ -110,13 +117,13 @@ def transformer_config(
     return TransformerConfig(**settings)
 
 
-def _stages(layout: ParallelLayout, num_layers: int) -> list[list[str]] | None:
+def _stages(layout: ParallelLayout, num_layers: int, further: int) -> list[list[str]] | None:
     """What each virtual stage holds, in megatron-core's words; None where all hold equally much, which it finds by itself."""
     counts = layout.layers_of_stages(num_layers)
     if layout.split.is_even or layout.pp == 1:
         return None
     stages = [["decoder"] * count for count in counts]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], *["mtp"] * further, "loss"]]
 
 
 def _layer_spec(config: TransformerConfig, description: MegatronDescription, layer: int) -> ModuleSpec:
@@ -175,12 +182,24 @@ def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> N
         spec.submodules.linear_proj = BiasedRowParallelLinear
 
 
+def _further_spec(config: TransformerConfig, description: MegatronDescription) -> ModuleSpec:
+    """megatron-core's own modules that predict further ahead, with our norms and our blocks."""
+    norm = ModuleSpec(module=Norm, params={"style": description.norm})
+    layers = []
+    for index in range(description.built_further):
+        block = _layer_spec(config, description, config.num_layers + index)
+        layer = get_mtp_layer_spec_for_backend(block, backend=LocalSpecProvider())
+        layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
+        layers.append(layer)
+    return ModuleSpec(module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=layers))
+
+
 def build_model(description: MegatronDescription, config: TransformerConfig, groups: Groups) -> list[CausalLM]:
     """The model chunks of this rank (one, or one for each virtual stage), with uninitialised weights."""
     layout = groups.layout
     chunks = []
     for stage in range(layout.vpp):
-        vp_stage = stage if layout.vpp > 1 else None
+        vp_stage, last = stage if layout.vpp > 1 else None, groups.is_last_stage and stage == layout.vpp - 1
         first = get_transformer_layer_offset(config, vp_stage, groups.coords.pp)
         specs = [_layer_spec(config, description, first + layer) for layer in range(get_num_layers_to_build(config, vp_stage))]
         model = CausalLM(
@@ -190,11 +209,12 @@ def build_model(description: MegatronDescription, config: TransformerConfig, gro
             description=description,
             max_sequence_length=description.max_sequence_length,
             pre_process=groups.is_first_stage and stage == 0,
-            post_process=groups.is_last_stage and stage == layout.vpp - 1,
+            post_process=last,
             share_embeddings_and_output_weights=description.tied,
             position_embedding_type="rope",
             pg_collection=groups.collection,
             vp_stage=vp_stage,
+            mtp_block_spec=_further_spec(config, description) if last and description.built_further else None,
         )
         model.rotary_pos_emb = RotaryTables(
             description.attention.rotations, model.rotary_pos_emb.inv_freq.device, SharedSequence(groups.collection.cp)
@@ -221,11 +241,14 @@ def global_name(model: CausalLM, name: str) -> str:
     """The name of a local parameter or module in the whole model: over all stages and experts; an adapter's base goes by the layer's own name."""
 
     def renumber(match: re.Match[str]) -> str:
-        layer = model.decoder.layers[int(match[1])]
-        expert = f"{match[2]}{layer.mlp.local_expert_indices[int(match[3])]}." if match[3] else ""
-        return f"decoder.layers.{layer.layer_number - 1}.{expert}"
+        further = match[1].startswith("mtp")
+        layer = model.mtp.layers[int(match[2])].transformer_layer if further else model.decoder.layers[int(match[2])]
+        number = match[2] if further else layer.layer_number - 1
+        expert = f"{match[4]}{layer.mlp.local_expert_indices[int(match[5])]}." if match[5] else ""
+        return f"{match[1]}{number}.{match[3] or ''}{expert}"
 
-    return re.sub(r"^decoder\.layers\.(\d+)\.(?:(mlp\.experts\.local_experts\.)(\d+)\.)?", renumber, name).replace(".base_layer.", ".")
+    pattern = r"^(decoder\.layers\.|mtp\.layers\.)(\d+)\.(transformer_layer\.)?(?:(mlp\.experts\.local_experts\.)(\d+)\.)?"
+    return re.sub(pattern, renumber, name).replace(".base_layer.", ".")
 
 
 def base_parameters(model: CausalLM, groups: Groups) -> Iterator[tuple[str, Tensor, Shard]]:

@@ -44,12 +44,13 @@ def fused_norms(description: MegatronDescription, layer: int) -> dict[str, str]:
 
 def te_name(name: str, description: MegatronDescription) -> str:
     """The name that the Transformer Engine spec gives to a parameter of the whole model; experts are numbered over all ranks in both."""
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    match = re.fullmatch(r"(decoder\.layers\.|mtp\.layers\.)(\d+)\.(transformer_layer\.)?(.+)", name)
     if match is None:
         return name
-    rest = match[2]
-    for own, fused in fused_norms(description, int(match[1])).items():
+    further = description.transformer["num_layers"] if match[3] else 0
+    rest = match[4]
+    for own, fused in fused_norms(description, int(match[2]) + further).items():
         if rest.startswith(own):
             rest = fused + rest.removeprefix(own)
     rest = re.sub(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$", r"experts.\2.\3\1", rest)
-    return f"decoder.layers.{match[1]}.{rest}"
+    return f"{match[1]}{match[2]}.{match[3] or ''}{rest}"

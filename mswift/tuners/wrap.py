@@ -122,7 +122,8 @@ def add_lora(
     wrapped = []
 
     def wanted(name: str) -> bool:
-        return kind_of(name) in settings.targets and (settings.modules is None or name in settings.modules)
+        further_ahead = name.startswith("mtp.")  # peft knows no such layers
+        return not further_ahead and kind_of(name) in settings.targets and (settings.modules is None or name in settings.modules)
 
     for name, module in list(model.named_modules()):
         whole_name, gate_name = global_name(name), f"{global_name(name)}.{GATE_WEIGHT}"

@@ -39,6 +39,7 @@ class Run:
     adapter: Path | None = None
     max_grad_norm: float = 1.0
     transformer: dict[str, Any] | None = None
+    further: bool = False
 
 
 def open_model(run: Run, world: int, *, deferred: bool = False) -> Any:
@@ -51,7 +52,9 @@ def open_model(run: Run, world: int, *, deferred: bool = False) -> Any:
 
     runtime = select("cpu")
     groups = make_groups(ParallelLayout(world=world, tp=run.tp, pp=run.pp, vpp=run.vpp, cp=run.cp, ep=run.ep, etp=run.etp, split=run.split))
-    settings = BuildSettings(run.checkpoint, dtype=run.dtype, sequence_parallel=run.sequence_parallel, deferred=deferred, transformer=run.transformer)
+    settings = BuildSettings(
+        run.checkpoint, dtype=run.dtype, sequence_parallel=run.sequence_parallel, deferred=deferred, further=run.further, transformer=run.transformer
+    )
     model = MegatronModel(settings, groups, runtime)
     if run.lora is not None:
         model.add_lora(LoraSettings(**run.lora))

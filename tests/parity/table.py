@@ -27,7 +27,9 @@ the gradient of every tensor (1e-4), adapters in `peft`, greedy answers, and the
 
 Not supported in any of them: fp16 weights, dropout other than in attention. Rotary types:
 default, linear, llama3, yarn, dynamic, longrope (the length of the prompt decides for the whole answer), partial, interleaved, one a layer type.
-Layers that predict further ahead (MTP) are left out, which is said. In training, routers of phimoe choose as in evaluation: no jitter, no sampling.
+Layers that predict further ahead (MTP) of deepseek_v3 and glm4_moe can be trained (`--mtp_num_layers`); those of qwen3_next and
+qwen3_5 go into exports to Hugging Face's form as they are, not into Megatron checkpoints.
+In training, routers of phimoe choose as in evaluation: no jitter, no sampling.
 
 | family | architectures | variants | logits | loss | layouts |
 |---|---|---|---|---|---|

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
 from torch import Tensor, nn
 
 from mswift.families.base import MegatronDescription
 from mswift.families.modules.packed import PackedRows
-from mswift.kernels.linear_log_probs import linear_log_probs
+from mswift.kernels.linear_log_probs import IGNORE, linear_log_probs
 
 
 class CausalLM(GPTModel):
@@ -50,11 +52,55 @@ class CausalLM(GPTModel):
         """This rank's rows of the output head, ``[padded vocabulary / tp, hidden]``."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Log-probabilities fp32 ``[b, s]`` where labels are given, else what GPTModel returns."""
-        if labels is None or not self.post_process:
-            output = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
-            return self._limit(output) if self.post_process else output
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        mtp_in_postprocess: bool | None = None,
+        runtime_gather_output: bool | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Log-probabilities fp32 ``[b, s]`` where labels are given, else what GPTModel returns.
+
+        Args:
+            loss_mask: how much each label counts; only layers that predict further ahead ask for it.
+        """
+        if not self.post_process:
+            return super()._postprocess(hidden_states, labels=labels, mtp_in_postprocess=False, **kwargs)
+        if labels is None and mtp_in_postprocess:
+            logits, _ = self.output_layer(hidden_states, weight=self._shared_weight(), runtime_gather_output=runtime_gather_output)
+            return self._limit(logits.transpose(0, 1).contiguous())
+        if labels is None:
+            return self._limit(super()._postprocess(hidden_states, runtime_gather_output=runtime_gather_output, **kwargs))
+        log_probs = self._log_probs(hidden_states, labels)
+        if not mtp_in_postprocess or not self.training or loss_mask is None:
+            return log_probs
+        return MTPLossAutoScaler.apply(log_probs, self._further_loss(hidden_states, labels, loss_mask, **kwargs))
+
+    def _shared_weight(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def _further_loss(
+        self, hidden_states: Tensor, labels: Tensor, weights: Tensor, *, inference_params: Any = None, extra_block_kwargs: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """The loss of the layers that predict further ahead, a sum to be divided as the main one is (DeepSeek-V3, arXiv 2412.19437, eq. 24-25).
+
+        Layer k reads the hidden states of layer k - 1 and the tokens k places on, and is asked for the token that follows those.
+        """
+        names = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "packed_seq_params")
+        states = self.mtp(hidden_states=hidden_states, embedding=self.embedding, **{name: kwargs.get(name) for name in names})
+        roll = functools.partial(roll_tensor, cp_group=self.pg_collection.cp, packed_seq_params=kwargs.get("packed_seq_params"))
+        total = torch.zeros((), device=labels.device)
+        for state in states.chunk(1 + self.description.built_further)[1:]:
+            (labels, _), (weights, _) = roll(labels), roll(weights)
+            labels = labels.masked_fill(weights == 0, IGNORE)
+            total = total - (self._log_probs(state, labels) * weights).sum()
+        return total * (self.config.mtp_loss_scaling_factor / self.description.built_further)
+
+    def _log_probs(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """fp32 ``[b, s]`` of `hidden_states` ``[s here, b, hidden]`` behind the last norm."""
         group = self.pg_collection.tp
         parallel_sequence = self.config.sequence_parallel and group.size() > 1
         if parallel_sequence:

@@ -176,6 +176,7 @@ def test_good_configs_pass() -> None:
         (sft(tuner_type="full", lora_rank=4), ["--lora_rank has no effect: --tuner_type is full"]),
         (sft(recompute_method="block"), ["--recompute_method has no effect: it needs --recompute_granularity full"]),
         (sft(recompute_method="block", recompute_granularity="full"), []),
+        (sft(mtp_loss_scaling_factor=0.3), ["--mtp_loss_scaling_factor has no effect: it needs --mtp_num_layers"]),
         (sft(max_steps=3, num_train_epochs=1), ["--num_train_epochs has no effect: --max_steps wins"]),
         (sft(warmup_steps=3, warmup_ratio=0.1), ["--warmup_ratio has no effect: --warmup_steps wins"]),
         (sft(lr_scheduler_type="constant", min_lr=1e-6), ["--min_lr has no effect: --lr_scheduler_type is constant"]),

@@ -74,7 +74,8 @@ def test_counts_are_megatrons(pp: int, vpp: int, layers: int, first: int | None,
     places = [(stage if vpp > 1 else None, rank) for stage in range(vpp) for rank in range(pp)]
     counts = split.counts(layers, pp, vpp)
     assert list(counts) == [get_num_layers_to_build(config, *place) for place in places]
-    assert [sum(counts[:index]) for index in range(pp * vpp)] == [get_transformer_layer_offset(config, *place) for place in places]
+    if not (pp == 2 and vpp > 1 and first and last):  # where megatron-core 0.16.1 divides by zero
+        assert [sum(counts[:index]) for index in range(pp * vpp)] == [get_transformer_layer_offset(config, *place) for place in places]
     assert sum(counts) == layers
 
 
