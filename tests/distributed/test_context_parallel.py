@@ -61,10 +61,15 @@ def mixture(base: Run) -> Run:
     return replace(base, checkpoint=source, lora=None, learning_rate=1e-3)
 
 
-def test_experts_spread_over_it(mixture: Run) -> None:
-    one = run_distributed(losses, 1, mixture)[0]
-    for world, sizes in ((2, {"cp": 2, "ep": 2}), (4, {"cp": 2, "ep": 2, "tp": 2, "sequence_parallel": True})):
-        assert_same_losses(world, replace(mixture, **sizes), one)
+EXPERTS = [
+    (2, {"cp": 2, "ep": 2}),
+    pytest.param(4, {"cp": 2, "ep": 2, "tp": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("world", "sizes"), EXPERTS)
+def test_experts_spread_over_it(world: int, sizes: dict[str, Any], mixture: Run) -> None:
+    assert_same_losses(world, replace(mixture, **sizes), run_distributed(losses, 1, mixture)[0])
 
 
 RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
