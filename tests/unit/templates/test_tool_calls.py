@@ -143,3 +143,15 @@ def test_ids_are_made_where_a_template_wants_them_and_answers_get_the_call_they_
     named = add_ids([user("?"), assistant("", tool_calls=calls)], named=True)
     assert [each["id"] for each in named[1]["tool_calls"]] == ["functions.get_weather:0", "functions.get_weather:1"]
     assert "id" not in calls[0], "the row stays as it was"
+
+
+def test_a_generated_turn_is_parsed_by_its_tokens_and_its_end_is_left_out() -> None:
+    for name in ("qwen2_5", "mistral_nemo", "gpt_oss", "glm4_5", "kimi_k2"):
+        template = ChatTemplate(tokenizer_for(name))
+        conversation = Conversation([user("x"), assistant("", tool_calls=[call("get_weather", city="Rome", days=2)])], [WEATHER])
+        row = template.encode_rows(conversation)[-1]
+        generated = [token for token, weight in zip(row.input_ids, row.weights, strict=True) if weight]
+        parsed = template.parse(generated, [WEATHER])
+        assert [each["function"] for each in parsed.tool_calls] == [{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}], name
+    chat = ChatTemplate(tokenizer_for("chatml"))
+    assert chat.parse(chat.tokenizer("Hello<|im_end|>", add_special_tokens=False)["input_ids"]).content == "Hello"
