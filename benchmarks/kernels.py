@@ -148,7 +148,7 @@ def measure(name: str, make: Callable[[], Methods], threads: int, rounds: int) -
     middle = {method: round(statistics.median(values), 5) for method, values in times.items()}
     common = {"name": name, "threads": threads, "ours_s": middle["ours"], "limit_s": middle["limit"], "limit_ratio": ratio("limit")}
     peers = [method for method in methods if method not in ("ours", "limit")]
-    return [{**common, "peer": peer, "peer_s": middle[peer], "ratio": ratio(peer)} for peer in peers or [None] if peer] or [common]
+    return [{**common, "peer": peer, "peer_s": middle[peer], "ratio": ratio(peer)} for peer in peers] or [common]
 
 
 def peak_of(name: str, compiled: bool, sender: Any) -> None:

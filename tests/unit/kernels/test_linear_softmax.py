@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,6 +195,19 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(results[0], result))
     assert results[0][4].count_nonzero() > 0
+
+
+@needs_kernels
+def test_the_code_for_avx2_as_well() -> None:
+    """The same tests in a process that is told that the processor has nothing better."""
+    code = "from mswift.kernels import extension; import sys, pytest; assert extension.isa() == 'avx2'; sys.exit(pytest.main(sys.argv[1:]))"
+    chosen = [__file__, "-q", "-x", "-p", "no:cacheprovider", "-k", "fp32 or both_against or any_range or nan"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *chosen], env={**os.environ, "MSWIFT_ISA": "avx2"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert done.stdout.count(".") > 10, "they ran"
+    assert "F" not in done.stdout
 
 
 @needs_kernels
