@@ -91,7 +91,8 @@ extern "C" int mswift_outer(const mswift_outer_args* args, void* stream) {
                 split ? a.splits : 1,
                 !split && a.out_dtype == 1,
                 !split && a.accumulate};
-  const int error = a.m <= Flat::BM ? run<Flat>(o, static_cast<Stream>(stream)) : run<Large>(o, static_cast<Stream>(stream));
+  const Stream on = static_cast<Stream>(stream);
+  const int error = a.m <= Flat::BM ? run<Flat>(o, on) : a.n <= Thin::BN ? run<Thin>(o, on) : run<Large>(o, on);
   if (error || !split) return error;
   return launch(sum_splits, dim3(static_cast<unsigned>((count + THREADS - 1) / THREADS)), dim3(THREADS), 0, static_cast<Stream>(stream), a.partial, a.out,
                 count, a.splits, a.out_dtype == 1, a.accumulate != 0);

@@ -1,0 +1,154 @@
+"""Bytes and floating-point operations of the CUDA kernels, counted while they run on the execution model, beside the least that the task needs.
+
+python -m tests.unit.csrc.costs    prints the table of docs/kernels.md
+
+Bytes: each address that a launch touches counts once for it (re-reads by other blocks are the cache's business), summed over the launches of
+the operator; the least: inputs and outputs of the operator once. Operations: those of the tensor cores, which padded tiles do as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from mswift.kernels import cuda_abi as abi
+from tests.unit.csrc.emulator import Emulator, build, head, linear, outer, rounded, unwritten
+
+
+class Cost(NamedTuple):
+    """Of one operator at one size."""
+
+    name: str
+    size: str
+    bytes: int
+    least_bytes: int
+    flops: int
+    least_flops: int
+
+    def row(self) -> str:
+        flops = f"{self.flops / 1e6:.1f} | {self.least_flops / 1e6:.1f} | {self.flops / self.least_flops:.2f}" if self.least_flops else "- | - | -"
+        return f"| {self.name} | {self.size} | {self.bytes / 1e6:.3f} | {self.least_bytes / 1e6:.3f} | {self.bytes / self.least_bytes:.2f} | {flops} |"
+
+
+HEADER = (
+    "| operator (bf16) | size | MB | least | ratio | MFLOP | least | ratio |\n|---|---|---|---|---|---|---|---|",
+    "The products with a vocabulary move more than their inputs and outputs: probabilities go through memory in bf16, chunk by chunk.",
+)
+
+
+def half(*shape: int) -> np.ndarray:
+    return rounded(np.random.default_rng(0).normal(size=shape))
+
+
+def empty(*shape: int) -> np.ndarray:
+    return unwritten(*shape, dtype=np.uint16)
+
+
+class Meter:
+    """Runs calls and reads the counters."""
+
+    def __init__(self) -> None:
+        self.emulator = Emulator(build())
+
+    def cost(self, name: str, size: str, run: Callable[[Emulator], None], least_bytes: int, least_flops: int = 0) -> Cost:
+        self.emulator.configure()
+        run(self.emulator)
+        counted = self.emulator.counters()
+        return Cost(name, size, counted["distinct_read"] + counted["distinct_written"], least_bytes, counted["flops"], least_flops)
+
+
+def norms(meter: Meter) -> Iterator[Cost]:
+    rows, cols = 8192, 128
+    x, weight, y, summed, rstd = half(rows, cols), half(cols), empty(rows, cols), empty(rows, cols), unwritten(rows)
+    forward = ("mswift_rms_norm_forward", 1, x, x.copy(), weight, y, summed, rstd, rows, cols, 1e-5, 0)
+    least = 8 * rows * cols + 2 * cols + 4 * rows
+    yield meter.cost("rms_norm with residual", f"{rows} x {cols}", lambda e: e.call(*forward, out=(y, summed, rstd)), least)
+    dx, partial, dweight = empty(rows, cols), unwritten(abi.NORM_BLOCKS, cols), unwritten(cols)
+    backward = ("mswift_rms_norm_backward", 1, y, None, x, weight, rstd, dx, partial, dweight, rows, cols, 0)
+    least = 6 * rows * cols + 6 * cols + 4 * rows
+    yield meter.cost("its gradients", f"{rows} x {cols}", lambda e: e.call(*backward, out=(dx, partial, dweight)), least)
+
+
+def element_wise(meter: Meter) -> Iterator[Cost]:
+    rows, cols = 256, 512
+    gate, up, y = half(rows, cols), half(rows, cols), empty(rows, cols)
+    size = f"{rows} x {cols}"
+    yield meter.cost(
+        "swiglu", size, lambda e: e.call("mswift_gated_forward", 1, 0, gate, up, y, rows, cols, cols, 0.0, 0.0, out=(y,)), 6 * rows * cols
+    )
+    dgate, dup = empty(rows, cols), empty(rows, cols)
+    arguments = ("mswift_gated_backward", 1, 0, y, gate, up, dgate, dup, rows, cols, cols, 0.0, 0.0)
+    yield meter.cost("its gradients", size, lambda e: e.call(*arguments, out=(dgate, dup)), 10 * rows * cols)
+    heads, dim = 8, 64
+    cosine, sine, positions = (np.ones((rows, dim // 2), dtype=np.float32) for _ in range(2)), None, np.arange(rows)
+    cosine, sine = cosine
+    q = half(rows, heads * dim)
+    arguments = ("mswift_rope", 1, q, q, cosine, sine, positions, rows, heads, dim, dim, heads * dim, dim, 0, 1)
+    least = 4 * rows * heads * dim + 4 * rows * dim + 8 * rows
+    yield meter.cost("rope, in place", f"{rows} x {heads} heads of {dim}", lambda e: e.call(*arguments, out=(q,)), least)
+    k = 2
+    x, index, weights = half(rows * k, cols), np.random.default_rng(0).permutation(rows * k).reshape(rows, k), np.ones((rows, k), dtype=np.float32)
+    size = f"{rows} tokens, {k} experts each, {cols}"
+    moved, out = empty(rows * k, cols), empty(rows, cols)
+    gather = ("mswift_gather_rows", 1, x, index, moved, rows * k, cols)
+    yield meter.cost("permute", size, lambda e: e.call(*gather, out=(moved,)), 4 * rows * k * cols + 8 * rows * k)
+    combine = ("mswift_combine_rows", 1, x, index, weights, out, rows, k, cols)
+    yield meter.cost("unpermute", size, lambda e: e.call(*combine, out=(out,)), 2 * rows * (k + 1) * cols + 12 * rows * k)
+    dweights = unwritten(rows, k)
+    back = ("mswift_combine_rows_backward", 1, out, x, index, weights, moved, dweights, rows, k, cols)
+    yield meter.cost("its gradients", size, lambda e: e.call(*back, out=(moved, dweights)), 2 * rows * (2 * k + 1) * cols + 16 * rows * k)
+
+
+def lora(meter: Meter) -> Iterator[Cost]:
+    rows, inside, outside, rank = 128, 1024, 2048, 16
+    x, weight, a, b, dy = half(rows, inside), half(outside, inside), half(rank, inside), half(outside, rank), half(rows, outside)
+    low, dlow, y, dx = empty(rows, rank), empty(rows, rank), empty(rows, outside), empty(rows, inside)
+    da, db = unwritten(rank, inside), unwritten(outside, rank)
+    sizes = {"rows": rows}
+
+    def forward(e: Emulator) -> None:
+        e.call("mswift_linear", linear(x=x, weight=a, out=low, n=rank, k=inside, x_stride=inside, thin=1, **sizes), out=(low,))
+        e.call("mswift_linear", linear(x=x, weight=weight, low=low, up=b, out=y, n=outside, k=inside, rank=rank, x_stride=inside, **sizes), out=(y,))
+
+    def backward(e: Emulator) -> None:
+        e.call("mswift_linear", linear(x=dy, weight=b, out=dlow, n=rank, k=outside, x_stride=outside, thin=1, columns=1, **sizes), out=(dlow,))
+        fields = {"x": dy, "weight": weight, "low": dlow, "up": a, "out": dx, "n": inside, "k": outside, "rank": rank, "x_stride": outside}
+        e.call("mswift_linear", linear(**fields, columns=1, **sizes), out=(dx,))
+        e.call("mswift_outer", outer(a=dlow, b=x, out=da, m=rank, n=inside, a_stride=rank, b_stride=inside, **sizes), out=(da,))
+        e.call("mswift_outer", outer(a=dy, b=low, out=db, m=outside, n=rank, a_stride=outside, b_stride=rank, **sizes), out=(db,))
+
+    size, base, adapter = f"{rows} x {inside} -> {outside}, rank {rank}", 2 * rows * inside * outside, 2 * rows * rank * (inside + outside)
+    tensors = 2 * (rows * (inside + outside) + inside * outside)
+    factors = 2 * rank * (inside + outside)
+    yield meter.cost("linear with LoRA", size, forward, tensors + factors + 2 * rows * rank, base + adapter)
+    least = tensors + 2 * rows * inside + 2 * rows * rank + 3 * factors
+    yield meter.cost("its gradients", size, backward, least, base + 2 * adapter)
+
+
+def heads(meter: Meter) -> Iterator[Cost]:
+    tokens, hidden, vocab, chunk = 256, 256, 3072, 1024
+    x, weight, labels = half(tokens, hidden), half(vocab, hidden), np.arange(tokens)
+    structure = head(x=x, weight=weight, labels=labels, tokens=tokens, hidden=hidden, vocab=vocab, size=vocab)
+    stats, partial, reference, acc = unwritten(5, tokens), unwritten(8, 5, tokens), unwritten(tokens), unwritten(tokens, hidden)
+    scratch, factors, flags = empty(tokens, chunk), unwritten(2, tokens), unwritten(2, dtype=np.int32)
+    size, product, least = f"{tokens} x {hidden}, vocabulary {vocab}", 2 * tokens * hidden * vocab, 2 * hidden * (tokens + vocab) + 28 * tokens
+    arguments = ("mswift_head_statistics", structure, stats, partial, 8)
+    yield meter.cost("loss, forward only", size, lambda e: e.call(*arguments, out=(stats, partial)), least, product)
+    sweep = ("mswift_head_sweep", structure, stats, reference, acc, scratch, chunk, partial, 8, factors, flags)
+    outputs = (stats, reference, acc, scratch, partial, factors, flags)
+    yield meter.cost("loss and input gradient, frozen head", size, lambda e: e.call(*sweep, out=outputs), least + 4 * tokens * hidden, 2 * product)
+    lse, coefficients, dweight = np.full(tokens, 10, dtype=np.float32), np.ones((4, tokens), dtype=np.float32), empty(vocab, hidden)
+    back = ("mswift_head_gradient", structure, lse, coefficients, scratch, chunk, acc, dweight, 1, 0, None, None)
+    least += 4 * tokens * hidden + 2 * vocab * hidden
+    yield meter.cost("both gradients, trained head", size, lambda e: e.call(*back, out=(scratch, acc, dweight)), least, 3 * product)
+
+
+def table() -> list[Cost]:
+    meter = Meter()
+    return [cost for part in (norms, element_wise, lora, heads) for cost in part(meter)]
+
+
+if __name__ == "__main__":
+    print(HEADER[0], *(cost.row() for cost in table()), "", HEADER[1], sep="\n")
