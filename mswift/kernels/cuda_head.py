@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mswift.kernels import cuda_abi as abi
-from mswift.kernels.cuda import Library, dtype_of, pointer
+from mswift.kernels.cuda import Library, dtype_of, missing, pointer
+from mswift.kernels.cuda import library as loaded
 
 _VOCABULARY_CHUNK = 64 * abi.CHUNK
 _LOWEST = -1e30
@@ -65,3 +66,26 @@ def linear_softmax_grad_weight(
     arguments = (lse.contiguous(), coefficients, scratch, chunk, None, grad_weight, dtype_of(weight), 0, None if bias is None else grad_bias, sums)
     library.call("mswift_head_gradient", hidden, head, *arguments)
     return grad_weight, grad_bias
+
+
+def hindrance(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why the CUDA kernels do not take these tensors; None: they do."""
+    return missing() or (None if hidden.dtype == weight.dtype == torch.bfloat16 else f"no CUDA kernel for {hidden.dtype}")
+
+
+def register() -> None:
+    """Make these the kernels of the two operators for tensors on CUDA; their schemas have to exist."""
+
+    @torch.library.register_kernel("mswift::linear_softmax", "cuda")
+    def _(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int, scale: float, cap: float, gradient: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dense = (hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), labels.contiguous())
+        return linear_softmax(loaded(), *dense, valid, scale, cap, gradient)
+
+    @torch.library.register_kernel("mswift::linear_softmax_grad_weight", "cuda")
+    def _(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor, valid: int, scale: float, cap: float
+    ) -> tuple[Tensor, Tensor]:
+        dense = (hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), labels.contiguous())
+        return linear_softmax_grad_weight(loaded(), *dense, factors.contiguous(), valid, scale, cap)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, extension
+from mswift.kernels import choice, cuda_head, extension
 from mswift.runtime.precision import widen
 
 NAME = "linear_cross_entropy"
@@ -51,6 +51,8 @@ def _named(stats: Tensor, mean: Tensor, mean2: Tensor) -> Statistics:
 
 
 def _fits(hidden: Tensor, weight: Tensor) -> str | None:
+    if hidden.device.type == "cuda":
+        return cuda_head.hindrance(hidden, weight)
     if hidden.device.type != "cpu":
         return None if hidden.device.type == "meta" else f"no kernel for {hidden.device.type} yet"
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16):
@@ -166,6 +168,7 @@ def weight_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels:
 
 
 if extension.available():
+    cuda_head.register()
 
     @torch.library.register_fake("mswift::linear_softmax")
     def _(

@@ -29,7 +29,9 @@ class Cost(NamedTuple):
 
     def row(self) -> str:
         flops = f"{self.flops / 1e6:.1f} | {self.least_flops / 1e6:.1f} | {self.flops / self.least_flops:.2f}" if self.least_flops else "- | - | -"
-        return f"| {self.name} | {self.size} | {self.bytes / 1e6:.3f} | {self.least_bytes / 1e6:.3f} | {self.bytes / self.least_bytes:.2f} | {flops} |"
+        return (
+            f"| {self.name} | {self.size} | {self.bytes / 1e6:.3f} | {self.least_bytes / 1e6:.3f} | {self.bytes / self.least_bytes:.2f} | {flops} |"
+        )
 
 
 HEADER = (
@@ -102,7 +104,7 @@ def element_wise(meter: Meter) -> Iterator[Cost]:
 
 
 def lora(meter: Meter) -> Iterator[Cost]:
-    rows, inside, outside, rank = 128, 1024, 2048, 16
+    rows, inside, outside, rank = 128, 2048, 2048, 16
     x, weight, a, b, dy = half(rows, inside), half(outside, inside), half(rank, inside), half(outside, rank), half(rows, outside)
     low, dlow, y, dx = empty(rows, rank), empty(rows, rank), empty(rows, outside), empty(rows, inside)
     da, db = unwritten(rank, inside), unwritten(outside, rank)
