@@ -124,14 +124,16 @@ def check_data(config: SftConfig | InferConfig | ExportConfig | DataConfig) -> N
     """Register what plugins and descriptions of data sets say, and look whether all files are there. Needs no torch of ours.
 
     Raises:
-        ConfigError: a plugin or a description is wrong. DataError: a file is missing or of no kind that is read.
+        ConfigError: a plugin or a description is wrong. DataError: a file is missing or of no kind that is read, or the shares make no sense.
     """
-    from mswift.data import check_sources
+    from mswift.data import check_sources, parse_spec
+    from mswift.data.mixing import shares_of
     from mswift.data.registry import load_infos, load_plugins
 
     data = config.data
     load_plugins(data.external_plugins)
     load_infos(data.custom_dataset_info)
+    shares_of([parse_spec(text).weight for text in data.dataset], data.shares())
     used = {"infer": data.val_dataset, "data": data.dataset}.get(config.verb, [*data.dataset, *data.val_dataset])
     check_sources(used, use_hf=config.model.use_hf)
 

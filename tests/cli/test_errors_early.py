@@ -265,6 +265,28 @@ def column_that_one_source_lacks(lab: Lab) -> Words:
     return words
 
 
+@case("1 of 2 entries of --dataset have a weight (@), wanted all or none")
+def weight_of_one_entry_only(lab: Lab) -> Words:
+    words = lab.sft()
+    words.insert(words.index("rows.jsonl") + 1, "rows.jsonl@2")
+    return words
+
+
+@case("--interleave_prob: got 0.7 many, wanted numbers above 0 such as 0.7 0.3")
+def share_that_is_no_number(lab: Lab) -> Words:
+    return lab.sft("--interleave_prob", "0.7", "many")
+
+
+@case("--streaming true does not go with --packing", "mswift export --to_cached_dataset true")
+def packed_stream(lab: Lab) -> Words:
+    return lab.sft("--streaming", "true", "--packing", "true")
+
+
+@case("--streaming true does not go with --split_dataset_ratio", "--val_dataset")
+def stream_that_holds_out_rows(lab: Lab) -> Words:
+    return lab.sft("--streaming", "true", "--split_dataset_ratio", "0.1")
+
+
 @case("--external_plugins p.py: ZeroDivisionError: division by zero; mend the file")
 def plugin_that_fails(lab: Lab) -> Words:
     (lab.folder / "p.py").write_text("1 / 0")

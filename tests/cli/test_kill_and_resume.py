@@ -42,11 +42,14 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+STREAMED = ("--streaming", "true", "--shuffle_buffer_size", "12")
 PACKED = ["--packing", "true", "--packing_length", "128", "--num_train_epochs", "4"]
 
 
 @pytest.mark.parametrize(
-    "extra", [("--torch_dtype", "bfloat16"), ("--tensor_model_parallel_size", "2"), tuple(PACKED)], ids=["bf16", "tp2", "packed"]
+    "extra",
+    [("--torch_dtype", "bfloat16"), ("--tensor_model_parallel_size", "2"), tuple(PACKED), STREAMED],
+    ids=["bf16", "tp2", "packed", "streamed"],
 )
 def test_resume_after_kill(extra: tuple[str, ...], tmp_path: Path) -> None:
     processes = 2 if "--tensor_model_parallel_size" in extra else 1

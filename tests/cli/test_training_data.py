@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Lab
-from tests.cli.program import Worker
+from tests.cli.program import Worker, assert_one_line
 from tests.tiny import CORPUS
 
 Words = list[str]
@@ -43,6 +43,15 @@ def test_a_mixture_is_said_before_the_start(heavy: Worker, lab: Lab) -> None:
     said = run(heavy, lab, "--dataset", a, f"{b}#25", "--interleave_prob", "0.5", "0.5", "--stopping_strategy", "all_exhausted", output="two")
     table = [line.split() for line in said.splitlines() if line.startswith((a, b)) and line.endswith("%")]
     assert [row[1:3] for row in table] == [["30", "30"], ["10", "30"]]
+
+
+def test_a_mixture_that_starves_a_source_is_an_error(heavy: Worker, lab: Lab) -> None:
+    a, b = write(lab.folder / "a.jsonl", 0, 30), write(lab.folder / "b.jsonl", 30, 40)
+    words = lab.sft()
+    at = words.index("rows.jsonl")
+    done = heavy.run([*words[:at], f"{a}@999", f"{b}@1", *words[at + 1 :]], lab.folder)
+    line = assert_one_line(done, "gives entry 2 of --dataset no row in an epoch of 30", "raise it, or take --stopping_strategy all_exhausted")
+    assert "0.10%" in line
 
 
 def test_a_stream_goes_on_where_it_stopped(heavy: Worker, lab: Lab) -> None:

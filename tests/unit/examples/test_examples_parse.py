@@ -28,8 +28,8 @@ print(json.dumps({{"program": os.path.basename(sys.argv[0]), "argv": sys.argv[1:
 
 def accepted(words: list[str], *, world: int) -> SftConfig:
     """The config of ``sft FILE --flag ...``, checked as far as it can be before anything is loaded: flags, layout, batch, data."""
-    assert words[0] == "sft"
-    config = parse_command("sft", words[1:])
+    assert words[0] in ("sft", "pt")
+    config = parse_command("pt" if words[0] == "pt" else "sft", words[1:])
     check_processes(config, {"RANK": "0", "WORLD_SIZE": str(world)})
     assert set(warnings_for(config)) <= {"--num_train_epochs has no effect: --max_steps wins"}
     for name in config.data.dataset:
@@ -41,7 +41,7 @@ def accepted(words: list[str], *, world: int) -> SftConfig:
 def test_yaml_is_accepted_by_the_command_that_it_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = path.read_text(encoding="utf8")
-    said = re.search(rf"^# (?:[^\n]*: )?(?:NPROC_PER_NODE=(\d+) )?mswift (sft examples/{path.name}(?: --\w+ [\w/]+)*)$", text, re.MULTILINE)
+    said = re.search(rf"^# (?:[^\n]*: )?(?:NPROC_PER_NODE=(\d+) )?mswift ((?:sft|pt) examples/{path.name}(?: --\w+ [\w/]+)*)$", text, re.MULTILINE)
     assert said is not None, "the head of the file says how it is used"
     config = accepted([*said[2].split(), *([] if "\nmodel:" in text else ["--model", "here/model"])], world=int(said[1] or 1))
     assert config.model.torch_dtype == "bfloat16"
@@ -97,7 +97,7 @@ def test_slurm_script_starts_what_mswift_accepts(tmp_path: Path, monkeypatch: py
 
 
 def test_something_was_found() -> None:
-    assert {path.name for path in CONFIGS} >= {"demo.yaml", "lora.yaml", "full.yaml"}
+    assert {path.name for path in CONFIGS} >= {"demo.yaml", "lora.yaml", "full.yaml", "pt.yaml"}
     assert {path.name for path in SCRIPTS} >= {"torchrun.sh", "slurm.sbatch"}
     others = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {path.name for path in (*CONFIGS, *SCRIPTS)}
     assert others == {"demo.py", "smollm2.py"}, "a new example needs a test"
