@@ -20,7 +20,6 @@ Ids: TypeAlias = npt.NDArray[np.int32]
 Weights: TypeAlias = npt.NDArray[np.float32]
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-_FAULT_BYTES = 2**16  # that Linux maps around a page that is touched
 _FORGET_BYTES = 2**28  # of a mapped file that have been read: its pages are given back, so that a pass over it does not fill the memory
 
 
@@ -82,7 +81,7 @@ class TokenRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         part, start, length = self.parts[self._part_of[index]], self._starts[index], self.lengths[index]
-        self._read_bytes += 2 * (_FAULT_BYTES + 4 * int(length))
+        self._read_bytes += 8 * int(length)
         if self._read_bytes > _FORGET_BYTES:
             self._read_bytes = 0
             self._forget()
