@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,12 +18,12 @@ from mswift.data.encoded import Ids, Integers, MemorySink, TokenRows, TokenSink,
 from mswift.data.report import LengthReport
 from mswift.data.rows import BadRows, Row
 from mswift.errors import DataError
-from mswift.templates import Conversation, RowEncoder
+from mswift.templates import Conversation, Encoded, RowEncoder
 
 Truncation: TypeAlias = Literal["delete", "left", "right", "split"]
 Progress: TypeAlias = Callable[[int, int], None]
 
-_CHUNK = 256  # rows that are tokenised together
+_CHUNK = 1024  # rows that are tokenised together
 _AHEAD = 4  # chunks that wait for each process
 
 
@@ -104,17 +105,23 @@ def to_conversation(row: Row) -> Conversation:
 
 def encode_chunk(template: RowEncoder, conversations: Sequence[Conversation]) -> EncodedChunk:
     """Some rows with one call of the tokenizer."""
-    made, origins, refused = [], [], {}
-    for number, result in enumerate(template.encode_batch(conversations)):
+    return _flat(template.encode_batch(conversations))
+
+
+def _flat(results: Sequence[list[Encoded] | DataError]) -> EncodedChunk:
+    ids, weights = array("i"), array("f")  # they take a list several times faster than numpy does
+    lengths, origins, refused = [], [], {}
+    for number, result in enumerate(results):
         if isinstance(result, DataError):
             refused[number] = str(result)
-        else:
-            made += result
-            origins += [number] * len(result)
-    lengths = np.asarray([len(row) for row in made], np.int64)
-    ids = np.fromiter(itertools.chain.from_iterable(row.input_ids for row in made), np.int32, int(lengths.sum()))
-    weights = np.fromiter(itertools.chain.from_iterable(row.weights for row in made), np.float32, len(ids))
-    return EncodedChunk(ids, weights, lengths, np.asarray(origins, np.int64), refused)
+            continue
+        for row in result:
+            ids.fromlist(row.input_ids)
+            weights.fromlist(row.weights)
+            lengths.append(len(row.input_ids))
+            origins.append(number)
+    flat_ids, flat_weights = np.frombuffer(ids, np.int32), np.frombuffer(weights, np.float32)
+    return EncodedChunk(flat_ids, flat_weights, np.asarray(lengths, np.int64), np.asarray(origins, np.int64), refused)
 
 
 def _encode_all(rows: Iterable[Row], template: RowEncoder, num_proc: int) -> Iterator[tuple[list[Row], EncodedChunk]]:
@@ -122,8 +129,15 @@ def _encode_all(rows: Iterable[Row], template: RowEncoder, num_proc: int) -> Ite
     source = iter(rows)
     chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
     if num_proc <= 1 or (isinstance(rows, Sized) and len(rows) <= _CHUNK):
-        for chunk in chunks:
-            yield chunk, encode_chunk(template, [to_conversation(row) for row in chunk])
+        held: deque[list[Row]] = deque()
+
+        def conversations() -> Iterator[list[Conversation]]:
+            for chunk in chunks:
+                held.append(chunk)
+                yield [to_conversation(row) for row in chunk]
+
+        for results in template.encode_batches(conversations()):
+            yield held.popleft(), _flat(results)
         return
     with ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (template,)) as pool:
         waiting: deque[tuple[list[Row], Future[EncodedChunk]]] = deque()

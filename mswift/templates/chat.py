@@ -7,7 +7,9 @@ Where the template has ``{% generation %}`` blocks they say which tokens are tra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from mswift.errors import DataError, one_line
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _CACHED_PIECE = 512  # characters; a longer piece of prompt is a conversation rather than a part of the template
 _MAX_CACHED_PIECES = 1024
+_IN_FLIGHT = 2  # batches in the tokenizer while the next one is rendered: one of them hands its tokens over, the other keeps the cores busy
 
 logger = get_logger("mswift.templates.chat")
 
@@ -165,8 +168,23 @@ class ChatTemplate:
 
     def encode_batch(self, conversations: Sequence[Conversation | Sequence[Message]]) -> list[list[Encoded] | DataError]:
         """`encode_rows` of many conversations with one call of the tokenizer; the error in place of the rows where one cannot be encoded."""
-        plans = [self._try_plan(Conversation.of(conversation)) for conversation in conversations]
-        tokens = iter(self._tokenise([plan.text for made in plans if not isinstance(made, DataError) for plan in made]))
+        return next(self.encode_batches([conversations]))
+
+    def encode_batches(self, batches: Iterable[Sequence[Conversation | Sequence[Message]]]) -> Iterator[list[list[Encoded] | DataError]]:
+        """`encode_batch` of one batch after the other; the tokenizer, which needs no interpreter, works on one while the next is rendered."""
+        with ThreadPoolExecutor(_IN_FLIGHT, "mswift-tokenise") as threads:
+            waiting: deque[tuple[list[list[Plan] | DataError], Future[list[Tokens]]]] = deque()
+            for batch in batches:
+                plans = [self._try_plan(Conversation.of(conversation)) for conversation in batch]
+                texts = [plan.text for made in plans if not isinstance(made, DataError) for plan in made]
+                waiting.append((plans, threads.submit(self._tokenise, texts)))
+                if len(waiting) > _IN_FLIGHT:
+                    yield self._finish_all(*waiting.popleft())
+            while waiting:
+                yield self._finish_all(*waiting.popleft())
+
+    def _finish_all(self, plans: list[list[Plan] | DataError], future: Future[list[Tokens]]) -> list[list[Encoded] | DataError]:
+        tokens = iter(future.result())
         return [made if isinstance(made, DataError) else self._finish(made, tokens) for made in plans]
 
     # ---- what the template writes around an answer -----------------------------------------------------------------------------------
@@ -230,8 +248,11 @@ class ChatTemplate:
     def _tokenise(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
-        out = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-        return [Tokens(ids, encoding) for ids, encoding in zip(out["input_ids"], out.encodings, strict=True)]
+        backend = self.tokenizer.backend_tokenizer
+        if backend.padding is not None or backend.truncation is not None:  # left there by whoever used it before
+            backend.no_padding()
+            backend.no_truncation()
+        return [Tokens(encoding.ids, encoding) for encoding in backend.encode_batch(texts, add_special_tokens=False)]
 
     def _piece_ids(self, piece: str) -> list[int]:
         """Ids of a piece of prompt that begins with an added token (or with the text); the same few pieces come back in every row."""

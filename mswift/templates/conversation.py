@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -61,6 +61,9 @@ class RowEncoder(Protocol):
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | DataError]:
         """The rows of each, or what is wrong with it."""
+
+    def encode_batches(self, batches: Iterable[Sequence[Conversation]]) -> Iterator[list[list[Encoded] | DataError]]:
+        """`encode_batch` of one batch after the other."""
 
 
 def join_path(index: int, field_name: str = "") -> str:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has them
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_OF_LOOPS = {name: operator.attrgetter(name) for name in ("first", "last", "index", "index0", "length")}
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 """What a template or its rendering raises over messages that it cannot take."""
 
@@ -44,6 +47,15 @@ class _Dict:
         return dict(*args, **kwargs)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, which lets what every turn asks of its loop through without looking for something unsafe in it."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is LoopContext and attribute in _OF_LOOPS:
+            return _OF_LOOPS[attribute](obj)
+        return super().getattr(obj, attribute)
+
+
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -59,7 +71,7 @@ def _now(form: str) -> str:
 @functools.lru_cache(maxsize=64)
 def compile_template(text: str) -> jinja2.Template:
     """A template ready to render. Raises `jinja2.TemplateSyntaxError`."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals.update({"raise_exception": _raise, "strftime_now": _now, "dict": _Dict()})
     return environment.from_string(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mswift.errors import DataError
@@ -31,6 +31,10 @@ class PlainText:
         """Digests of all that the tokens of a text depend on, by what a user would call it."""
         parts = {"tokenizer": self.tokenizer.backend_tokenizer.to_str(), "chat template": f"plain text that ends with {self.tokenizer.eos_token}"}
         return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+
+    def encode_batches(self, batches: Iterable[Sequence[Conversation]]) -> Iterator[list[list[Encoded] | DataError]]:
+        """`encode_batch` of one batch after the other."""
+        return map(self.encode_batch, batches)
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | DataError]:
         """One row for each; an error in its place where a message is no text."""

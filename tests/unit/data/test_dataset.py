@@ -222,10 +222,10 @@ def test_rows_that_the_template_refuses_are_counted(chatml: ChatTemplate, tmp_pa
 
 
 def test_worker_processes_give_the_same(chatml: ChatTemplate) -> None:
-    rows = rows_of(*(f"answer {i}" for i in range(700)))
-    rows[300].messages.clear()
+    rows = rows_of(*(f"answer {i}" for i in range(2300)))
+    rows[1300].messages.clear()
     alone = encode_dataset(rows, chatml)
     spread = encode_dataset(rows, chatml, num_proc=2)
     assert list(spread) == list(alone)
     assert spread.report == alone.report
-    assert len(spread) == 699
+    assert len(spread) == 2299
