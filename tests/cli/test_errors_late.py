@@ -126,9 +126,9 @@ def backend_of_a_gpu(lab: Lab) -> Words:
     return lab.sft("--ddp_backend", "nccl", "--device", "cpu")
 
 
-@case("--target_modules: got 'w1', wanted one of all-linear, q_proj")
+@case("--target_modules: got 'w9', wanted one of all-linear, q_proj")
 def unknown_target(lab: Lab) -> Words:
-    return lab.sft("--target_modules", "w1")
+    return lab.sft("--target_modules", "w9")
 
 
 @case("--target_modules: q_proj is one layer with k_proj, v_proj", "name all of them")

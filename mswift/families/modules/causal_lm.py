@@ -73,7 +73,8 @@ class CausalLM(GPTModel):
             logits, _ = self.output_layer(hidden_states, weight=self._shared_weight(), runtime_gather_output=runtime_gather_output)
             return self._limit(logits.transpose(0, 1).contiguous())
         if labels is None:
-            return self._limit(super()._postprocess(hidden_states, runtime_gather_output=runtime_gather_output, **kwargs))
+            given = {"labels": None, "loss_mask": loss_mask, "mtp_in_postprocess": mtp_in_postprocess}
+            return self._limit(super()._postprocess(hidden_states, runtime_gather_output=runtime_gather_output, **given, **kwargs))
         log_probs = self._log_probs(hidden_states, labels)
         if not mtp_in_postprocess or not self.training or loss_mask is None:
             return log_probs
