@@ -126,7 +126,7 @@ def backend_of_a_gpu(lab: Lab) -> Words:
     return lab.sft("--ddp_backend", "nccl", "--device", "cpu")
 
 
-@case("--target_modules: got 'w9', wanted one of all-linear, q_proj")
+@case("--target_modules: got 'w9', wanted one of all-linear, all-embedding, q_proj")
 def unknown_target(lab: Lab) -> Words:
     return lab.sft("--target_modules", "w9")
 
