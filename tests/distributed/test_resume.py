@@ -109,11 +109,16 @@ def test_resume_with_spread_experts_is_bit_equal(changes: dict[str, Any], mixtur
     assert len({loss for loss, _ in went_on}) == 3
 
 
-OTHER_RANKS = [({}, {"ep": 2}), ({"ep": 2}, {}), ({"ep": 2}, {"tp": 2, "sequence_parallel": True})]
+APART, TOGETHER, SPLIT = ({}, {"ep": 2}), ({"ep": 2}, {}), ({"ep": 2}, {"tp": 2, "sequence_parallel": True})
+_LORA, _FULL, _BF16 = {"lora": {**LORA, "dropout": 0.0}}, FULL, {**FULL, "dtype": "bfloat16"}
+OTHER_RANKS = {  # split products round otherwise, and in bf16 a token may then be sent to another expert
+    **{f"lora-{i}": (_LORA, *ranks) for i, ranks in enumerate((APART, TOGETHER, SPLIT))},
+    **{f"full-bf16-{i}": (_BF16, *ranks) for i, ranks in enumerate((APART, TOGETHER))},
+    "full-2": (_FULL, *SPLIT),
+}
 
 
-@pytest.mark.parametrize(("written", "read"), OTHER_RANKS)
-@pytest.mark.parametrize("changes", [{"lora": {**LORA, "dropout": 0.0}}, {**FULL, "dtype": "bfloat16"}], ids=["lora", "full-bf16"])
+@pytest.mark.parametrize(("changes", "written", "read"), OTHER_RANKS.values(), ids=OTHER_RANKS)
 def test_resume_with_experts_on_other_ranks(
     changes: dict[str, Any], written: dict[str, Any], read: dict[str, Any], mixture: Run, tmp_path: Path
 ) -> None:

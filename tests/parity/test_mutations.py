@@ -44,7 +44,7 @@ class GatesForQueries(FusedQKV):
 
 
 def swap_queries_and_gates(rule: AnyRule) -> AnyRule:
-    return GatesForQueries(*(getattr(rule, field.name) for field in fields(rule))) if isinstance(rule, FusedQKV) else rule
+    return GatesForQueries(**{field.name: getattr(rule, field.name) for field in fields(rule) if field.init}) if isinstance(rule, FusedQKV) else rule
 
 
 def swap_beta_and_alpha(rule: AnyRule) -> AnyRule:

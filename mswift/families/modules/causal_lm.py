@@ -68,7 +68,8 @@ class CausalLM(GPTModel):
             loss_mask: how much each label counts; only layers that predict further ahead ask for it.
         """
         if not self.post_process:
-            return super()._postprocess(hidden_states, labels=labels, mtp_in_postprocess=False, **kwargs)
+            given = {"labels": labels, "loss_mask": loss_mask, "mtp_in_postprocess": False}
+            return super()._postprocess(hidden_states, runtime_gather_output=runtime_gather_output, **given, **kwargs)
         if labels is None and mtp_in_postprocess:
             logits, _ = self.output_layer(hidden_states, weight=self._shared_weight(), runtime_gather_output=runtime_gather_output)
             return self._limit(logits.transpose(0, 1).contiguous())
