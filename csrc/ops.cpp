@@ -25,4 +25,10 @@ TORCH_LIBRARY(mswift, m) {
   m.def(
       "linear_softmax_grad_weight(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor factors, int valid, float scale, float cap) -> "
       "(Tensor grad_weight, Tensor grad_bias)");
+  // between the products
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor rstd)");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool zero_centred) -> Tensor");
+  m.def("gated_activation(Tensor x, float slope, float cubic, float limit, float offset) -> Tensor");
+  m.def("gated_activation_backward(Tensor grad, Tensor x, float slope, float cubic, float limit, float offset) -> Tensor");
+  m.def("rotate(Tensor x, Tensor table, bool interleaved, bool back) -> Tensor");
 }

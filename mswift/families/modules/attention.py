@@ -17,8 +17,8 @@ from mswift.families.base import AttentionStyle
 from mswift.families.modules.context import SharedSequence
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.packed import PackedRows
-from mswift.families.modules.rotary import rotate
 from mswift.kernels import causal_attention
+from mswift.kernels.elementwise import rotate
 from mswift.kernels.packed_attention import packed_attention, written_out
 from mswift.runtime.precision import widen
 

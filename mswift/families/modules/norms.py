@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from mswift.families.base import NormStyle
+from mswift.kernels.elementwise import rms_norm
 
 
 class Norm(nn.Module):
@@ -32,13 +33,11 @@ class Norm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states` ``[..., hidden]`` -> the same shape and dtype."""
-        x: Tensor = hidden_states
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
+        if self.style.kind == "rms":
+            return rms_norm(hidden_states, self.weight, self.eps, zero_centred=self.style.zero_centred)
+        x, weight, bias = hidden_states, self.weight, self.bias
         if self.style.zero_centred:  # 1 + weight does not fit into bf16
             x, weight, bias = x.float(), 1.0 + weight.float(), None if bias is None else bias.float()
-        if self.style.kind == "rms":
-            return F.rms_norm(x, weight.shape, weight, self.eps).to(hidden_states.dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps).to(hidden_states.dtype)
 
 

@@ -55,18 +55,3 @@ class RotaryTables(nn.Module):
     def _table(self, rotation: Rotation, positions: int, length: int) -> Tensor:
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), rotation.inv_freq_of(length))
         return torch.stack((angles.cos(), angles.sin())).mul_(rotation.factor).to(self.device)
-
-
-def rotate(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
-    """`x` ``[s, b, heads, dim]`` turned by `table` ``[2, s, r / 2]``: its first r columns, the rest passes through; fp32, rounded once."""
-    cos, sin = table[:, :, None, None, :]
-    width = 2 * table.shape[-1]
-    turned, rest = x[..., :width].float(), x[..., width:]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        result = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, dim=-1)
-        result = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    result = result.to(x.dtype)
-    return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result

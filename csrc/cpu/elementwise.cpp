@@ -1,0 +1,205 @@
+// What stands between the products of a transformer block, each in one pass: norms, gated activations, rotary positions.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "common/isa.h"
+
+namespace mswift::elementwise {
+
+using at::Tensor;
+
+constexpr int kLanes = 16;
+
+/// gate(a, b) = a * sigmoid(slope * a * (1 + cubic * a^2)) * (b + offset), a at most `limit`, b within +-limit: silu, gpt-oss's gate (slope 1.702)
+/// and gelu by tanh (slope 2 * sqrt(2 / pi), cubic 0.044715).
+struct Gate {
+  float slope, cubic, limit, offset;
+};
+
+#define MSWIFT_SCALARS                                                                                                \
+  static inline float from_bits(uint32_t bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }                 \
+  static inline uint32_t to_bits(float x) { uint32_t bits; __builtin_memcpy(&bits, &x, 4); return bits; }             \
+  static inline float wide(float x) { return x; }                                                                     \
+  static inline float wide(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }                          \
+  static inline void put(float* to, float x) { *to = x; }                                                             \
+  static inline void put(uint16_t* to, float x) { /* to nearest, ties to even; not a number stays that */             \
+    const uint32_t bits = to_bits(x);                                                                                 \
+    *to = static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                     \
+  }                                                                                                                   \
+  static inline float least(float a, float b) { return a < b ? a : b; }                                               \
+  static inline float most(float a, float b) { return a > b ? a : b; }                                                \
+  static inline float sum_of_lanes(const float* lanes) {                                                              \
+    float sum = 0.0f;                                                                                                 \
+    for (int i = 0; i < kLanes; i++) sum += lanes[i];                                                                 \
+    return sum;                                                                                                       \
+  }                                                                                                                   \
+  static inline float sigmoid(float u) { /* exp(-u) to about 1 ulp */                                                 \
+    const float x = least(most(-u, -87.0f), 87.0f), n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;                \
+    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;                                                      \
+    float p = 1.9875691500e-4f;                                                                                       \
+    p = p * r + 1.3981999507e-3f;                                                                                     \
+    p = p * r + 8.3334519073e-3f;                                                                                     \
+    p = p * r + 4.1665795894e-2f;                                                                                     \
+    p = p * r + 1.6666665459e-1f;                                                                                     \
+    p = p * r + 5.0000001201e-1f;                                                                                     \
+    const float e = (p * r * r + r + 1.0f) * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);   \
+    return 1.0f / (1.0f + e);                                                                                         \
+  }
+
+MSWIFT_TARGET_AVX2
+namespace avx2 {
+MSWIFT_SCALARS
+#define MSWIFT_VALUE float
+#include "cpu/rows.h"
+#undef MSWIFT_VALUE
+#define MSWIFT_VALUE uint16_t
+#include "cpu/rows.h"
+#undef MSWIFT_VALUE
+}  // namespace avx2
+MSWIFT_TARGET_END
+
+MSWIFT_TARGET_AVX512
+namespace avx512 {
+MSWIFT_SCALARS
+#define MSWIFT_VALUE float
+#include "cpu/rows.h"
+#undef MSWIFT_VALUE
+#define MSWIFT_VALUE uint16_t
+#include "cpu/rows.h"
+#undef MSWIFT_VALUE
+}  // namespace avx512
+MSWIFT_TARGET_END
+
+// A row function for this processor and type; `Value` is float or uint16_t.
+#define MSWIFT_ROW(function, ...) (at_least(Isa::avx512) ? avx512::function(__VA_ARGS__) : avx2::function(__VA_ARGS__))
+
+template <class Value>
+const Value* data_of(const Tensor& x) { return static_cast<const Value*>(x.const_data_ptr()); }
+template <class Value>
+Value* data_of(Tensor& x) { return static_cast<Value*>(x.mutable_data_ptr()); }
+
+template <class Work>
+void by_type(const Tensor& x, const char* name, const Work& work) {
+  TORCH_CHECK(at_least(Isa::avx2), name, ": needs a CPU with AVX2");
+  if (x.scalar_type() == at::kFloat)
+    work(float{});
+  else if (x.scalar_type() == at::kBFloat16)
+    work(uint16_t{});
+  else
+    TORCH_CHECK(false, name, ": must be float32 or bfloat16, got ", x.scalar_type());
+}
+
+template <class Row>
+void over_rows(int64_t rows, int64_t columns, const Row& row) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) row(r);
+  });
+}
+
+static Tensor factors(const Tensor& weight, bool zero_centred) {
+  Tensor wide = weight.to(at::kFloat).contiguous();
+  return zero_centred ? wide + 1.0 : wide;
+}
+
+static std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& weight, double eps, bool zero_centred) {
+  TORCH_CHECK(x_.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x_.size(-1), "rms_norm: weight must be [hidden] of x, got ", weight.sizes());
+  const Tensor x = x_.contiguous(), w = factors(weight, zero_centred);
+  const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
+  Tensor y = at::empty(x.sizes(), x.options()), rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  by_type(x, "rms_norm", [&](auto value) {
+    using Value = decltype(value);
+    over_rows(rows, n, [&](int64_t r) {
+      MSWIFT_ROW(rms_norm_row, data_of<Value>(x) + r * n, data_of<float>(w), n, static_cast<float>(eps), data_of<Value>(y) + r * n, data_of<float>(rstd) + r);
+    });
+  });
+  return {y, rstd};
+}
+
+static Tensor rms_norm_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight, const Tensor& rstd, bool zero_centred) {
+  const Tensor grad = grad_.contiguous(), x = x_.contiguous(), w = factors(weight, zero_centred);
+  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "rms_norm_backward: grad must be as x");
+  const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
+  Tensor dx = at::empty(x.sizes(), x.options());
+  by_type(x, "rms_norm_backward", [&](auto value) {
+    using Value = decltype(value);
+    over_rows(rows, n, [&](int64_t r) {
+      const auto at = r * n;
+      MSWIFT_ROW(rms_norm_backward_row, data_of<Value>(grad) + at, data_of<Value>(x) + at, data_of<float>(w), n, data_of<float>(rstd)[r], data_of<Value>(dx) + at);
+    });
+  });
+  return dx;
+}
+
+static Gate gate_of(double slope, double cubic, double limit, double offset) {
+  TORCH_CHECK(limit > 0, "gated_activation: limit must be above 0, got ", limit);
+  return {static_cast<float>(slope), static_cast<float>(cubic), static_cast<float>(limit), static_cast<float>(offset)};
+}
+
+static Tensor gated(const Tensor& x_, double slope, double cubic, double limit, double offset) {
+  TORCH_CHECK(x_.dim() >= 1 && x_.size(-1) % 2 == 0, "gated_activation: x must be [..., gate and up side by side], got ", x_.sizes());
+  const Tensor x = x_.contiguous();
+  const Gate g = gate_of(slope, cubic, limit, offset);
+  auto shape = x.sizes().vec();
+  const int64_t n = shape.back() /= 2, rows = n ? x.numel() / (2 * n) : 0;
+  Tensor y = at::empty(shape, x.options());
+  by_type(x, "gated_activation", [&](auto value) {
+    using Value = decltype(value);
+    over_rows(rows, 4 * n, [&](int64_t r) {
+      const Value* row = data_of<Value>(x) + r * 2 * n;
+      MSWIFT_ROW(gate_row, row, row + n, n, g, data_of<Value>(y) + r * n);
+    });
+  });
+  return y;
+}
+
+static Tensor gated_backward(const Tensor& grad_, const Tensor& x_, double slope, double cubic, double limit, double offset) {
+  const Tensor grad = grad_.contiguous(), x = x_.contiguous();
+  TORCH_CHECK(grad.numel() * 2 == x.numel() && grad.scalar_type() == x.scalar_type(), "gated_activation_backward: grad must be half of x");
+  const Gate g = gate_of(slope, cubic, limit, offset);
+  const int64_t n = grad.size(-1), rows = n ? grad.numel() / n : 0;
+  Tensor dx = at::empty(x.sizes(), x.options());
+  by_type(x, "gated_activation_backward", [&](auto value) {
+    using Value = decltype(value);
+    over_rows(rows, 4 * n, [&](int64_t r) {
+      const Value* row = data_of<Value>(x) + r * 2 * n;
+      Value* to = data_of<Value>(dx) + r * 2 * n;
+      MSWIFT_ROW(gate_backward_row, data_of<Value>(grad) + r * n, row, row + n, n, g, to, to + n);
+    });
+  });
+  return dx;
+}
+
+static Tensor rotate(const Tensor& x_, const Tensor& table_, bool interleaved, bool back) {
+  const Tensor x = x_.stride(-1) == 1 ? x_ : x_.contiguous(), table = table_.contiguous();
+  TORCH_CHECK(x.dim() == 4, "rotate: x must be [s, b, heads, columns], got ", x.sizes());
+  TORCH_CHECK(
+      table.dim() == 3 && table.size(0) == 2 && table.size(1) == x.size(0) && table.scalar_type() == at::kFloat && 2 * table.size(2) <= x.size(3),
+      "rotate: table must be float32 [2, s, half of the rotated columns], got ", table.sizes());
+  const int64_t s = x.size(0), b = x.size(1), heads = x.size(2), n = x.size(3), half = table.size(2);
+  Tensor y = at::empty(x.sizes(), x.options());
+  by_type(x, "rotate", [&](auto value) {
+    using Value = decltype(value);
+    over_rows(s * b, heads * n, [&](int64_t r) {
+      const int64_t t = r / b;
+      const float *cos = data_of<float>(table) + t * half, *sin = cos + s * half;
+      const Value* from = data_of<Value>(x) + t * x.stride(0) + r % b * x.stride(1);
+      Value* to = data_of<Value>(y) + r * heads * n;
+      for (int64_t h = 0; h < heads; h++)
+        MSWIFT_ROW(rotate_row, from + h * x.stride(2), cos, sin, half, n, interleaved, back ? -1.0f : 1.0f, to + h * n);
+    });
+  });
+  return y;
+}
+
+}  // namespace mswift::elementwise
+
+TORCH_LIBRARY_IMPL(mswift, CPU, m) {
+  m.impl("rms_norm", mswift::elementwise::rms_norm);
+  m.impl("rms_norm_backward", mswift::elementwise::rms_norm_backward);
+  m.impl("gated_activation", mswift::elementwise::gated);
+  m.impl("gated_activation_backward", mswift::elementwise::gated_backward);
+  m.impl("rotate", mswift::elementwise::rotate);
+}

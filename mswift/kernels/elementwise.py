@@ -1,0 +1,134 @@
+"""What stands between the products of a block, each in one pass over its tensor: root-mean-square norm, gated activation, rotary positions.
+
+All of it computes in fp32 and rounds once. The plain-torch references are beside the faces that choose between them and the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mswift.kernels import choice, extension
+
+
+def _fits(x: Tensor, *_: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return "written for the CPU"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return "takes float32 and bfloat16"
+    return None if extension.isa_at_least("avx2") else "needs avx2"
+
+
+choice.register("rms_norm", "root-mean-square norm in one pass", _fits)
+choice.register("gated_activation", "silu, gelu (tanh) or a clamped gate, times the other half, in one pass", _fits)
+choice.register("rotate", "rotary positions in one pass", _fits)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = False) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim.
+
+    Args:
+        x: ``[..., hidden]``. weight: ``[hidden]``; `zero_centred`: one is added to it.
+    """
+    if choice.compiled("rms_norm", x):
+        return torch.ops.mswift.rms_norm(x, weight, eps, zero_centred)[0]
+    if zero_centred:  # 1 + weight does not fit into bf16
+        return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """``a * sigmoid(slope * a * (1 + cubic * a^2)) * (b + offset)`` with a at most `limit` and b within +-limit."""
+
+    slope: float = 1.0
+    cubic: float = 0.0
+    limit: float = float("inf")
+    offset: float = 0.0
+
+
+SILU = Gate()
+GELU_TANH = Gate(slope=2 * (2 / torch.pi) ** 0.5, cubic=0.044715)
+
+
+def gated_activation(x: Tensor, gate: Gate = SILU) -> Tensor:
+    """`x` ``[..., 2 n]``, gates in front -> ``[..., n]``."""
+    if choice.compiled("gated_activation", x):
+        return torch.ops.mswift.gated_activation(x, gate.slope, gate.cubic, gate.limit, gate.offset)
+    a, b = x.float().chunk(2, dim=-1)
+    a, b = a.clamp(max=gate.limit), b.clamp(min=-gate.limit, max=gate.limit)
+    return (a * torch.sigmoid(a * gate.slope * (1.0 + gate.cubic * a * a)) * (b + gate.offset)).to(x.dtype)
+
+
+def rotate(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
+    """`x` ``[s, b, heads, dim]`` turned by `table` ``[2, s, r / 2]``: its first r columns, the rest passes through; fp32, rounded once."""
+    if choice.compiled("rotate", x):
+        return torch.ops.mswift.rotate(x, table, interleaved, False)
+    cos, sin = table[:, :, None, None, :]
+    width = 2 * table.shape[-1]
+    turned, rest = x[..., :width].float(), x[..., width:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        result = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        result = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    result = result.to(x.dtype)
+    return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, ctx.zero_centred = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    x, weight, rstd = ctx.saved_tensors
+    d_weight = None
+    if ctx.needs_input_grad[1]:
+        d_weight = (grad.float() * x.float() * rstd[..., None]).flatten(0, -2).sum(0).to(weight.dtype)
+    d_x = torch.ops.mswift.rms_norm_backward(grad, x, weight, rstd, ctx.zero_centred) if ctx.needs_input_grad[0] else None
+    return d_x, d_weight, None, None
+
+
+def _keep_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.gate = inputs
+    ctx.save_for_backward(x)
+
+
+def _gate_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.mswift.gated_activation_backward(grad, ctx.saved_tensors[0], *ctx.gate), None, None, None, None
+
+
+def _keep_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, table, ctx.interleaved, ctx.back = inputs
+    ctx.save_for_backward(table)
+
+
+def _rotation_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.mswift.rotate(grad, ctx.saved_tensors[0], ctx.interleaved, not ctx.back), None, None, None
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@extension.when_loaded
+def _describe() -> None:
+    fake, autograd = torch.library.register_fake, torch.library.register_autograd
+    fake("mswift::rms_norm", lambda x, *_: (_plain(x), x.new_empty(x.shape[:-1], dtype=torch.float32)))
+    fake("mswift::rms_norm_backward", lambda _, x, *__: _plain(x))
+    fake("mswift::gated_activation", lambda x, *_: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+    fake("mswift::gated_activation_backward", lambda _, x, *__: _plain(x))
+    fake("mswift::rotate", lambda x, *_: _plain(x))
+    autograd("mswift::rms_norm", _norm_gradients, setup_context=_keep_norm)
+    autograd("mswift::gated_activation", _gate_gradients, setup_context=_keep_gate)
+    autograd("mswift::rotate", _rotation_gradients, setup_context=_keep_rotation)
