@@ -179,12 +179,20 @@ def open_session(directory: Path, parallel: ParallelSection, runtime_section: Ru
     from mswift.runtime.device import init_processes, leave_processes, select
 
     runtime = select(runtime_section.device)
+    _choose_kernels(runtime_section.kernels)
     init_processes(runtime, backend=runtime_section.ddp_backend, timeout_s=runtime_section.ddp_timeout)
     try:
         layout = ParallelLayout(world=dist.get_world_size(), **parallel.sizes())
         yield Session(directory, runtime, make_groups(layout))
     finally:
         leave_processes()
+
+
+def _choose_kernels(setting: str) -> None:
+    from mswift.families import modules  # noqa: F401  (every operator makes itself known when it is imported)
+    from mswift.kernels import choice
+
+    choice.select(setting)
 
 
 def shared(value: T) -> T:

@@ -204,6 +204,8 @@ def _announce(
     output_dir: Path,
 ) -> None:
     """The table, once; what was made of the data and the model in a line each."""
+    from mswift.kernels import choice
+
     trained, total = counts
     model = engine.model
     print(format_table(config), flush=True)
@@ -213,6 +215,7 @@ def _announce(
     logger.info("layout: %s on %s", engine.groups.layout.describe(), engine.device.type)
     if model.padded_heads:
         logger.info("layout: %s", model.padded_heads)
+    logger.info("kernels: %s", choice.announcement())
     for line in data.said:
         logger.info("%s", line)
     if data.report.num_dropped:

@@ -43,8 +43,9 @@ SWITCHES: dict[str, dict[bool, tuple[str, str] | None]] = {
     "bf16": {True: ("torch_dtype", "bfloat16"), False: None},
     "fp16": {True: ("torch_dtype", "float16"), False: None},
     "fp32": {True: ("torch_dtype", "float32"), False: None},
-    "enable_unsloth": {True: ("tuner_backend", "unsloth"), False: None},
-    "use_unsloth": {True: ("tuner_backend", "unsloth"), False: None},
+    "enable_unsloth": {True: ("kernels", "auto"), False: None},
+    "use_unsloth": {True: ("kernels", "auto"), False: None},
+    "use_liger_kernel": {True: ("kernels", "auto"), False: None},
     "use_swanlab": {True: ("report_to", "swanlab"), False: None},
     "neat_packing": {True: ("packing", "true"), False: None},
 }
@@ -80,7 +81,7 @@ _NO_EFFECT = {
     "the architecture is read from the checkpoint": "model_type check_model",
     "kernels are chosen by the engine": """attn_impl attention_backend use_flash_attn cross_entropy_loss_fusion cross_entropy_fusion_impl
         apply_rope_fusion no_rope_fusion bias_activation_fusion no_bias_swiglu_fusion bias_dropout_fusion no_bias_dropout_fusion
-        masked_softmax_fusion no_masked_softmax_fusion gradient_accumulation_fusion no_gradient_accumulation_fusion use_liger_kernel
+        masked_softmax_fusion no_masked_softmax_fusion gradient_accumulation_fusion no_gradient_accumulation_fusion
         use_logits_to_keep experts_impl moe_grouped_gemm moe_permute_fusion overlap_grad_reduce overlap_param_gather tf32
         use_precision_aware_optimizer""",
     "mswift arranges the loading of data by itself": """dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor

@@ -270,6 +270,9 @@ class RuntimeSection:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes CUDA where there is any")
     ddp_backend: Literal["gloo", "nccl"] | None = option(None, "How processes talk", auto="nccl with CUDA, else gloo")
     ddp_timeout: int = option(1800, "Seconds after which a process that does not answer is an error", limits=_POSITIVE)
+    kernels: str = option(
+        "auto", "Compiled kernels where they win, none of them (reference: plain torch), or those named, with commas", metavar="auto|reference|LIST"
+    )
 
 
 @dataclass(kw_only=True, slots=True)

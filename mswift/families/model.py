@@ -48,6 +48,7 @@ from mswift.families.modules import (
     SharedExperts,
     SharedSequence,
     StyledRouter,
+    gated_mlp,
 )
 from mswift.families.te_names import fused_norms
 from mswift.parallel.groups import Groups
@@ -126,7 +127,7 @@ def _stages(layout: ParallelLayout, num_layers: int, further: int) -> list[list[
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], *["mtp"] * further, "loss"]]
 
 
-def _layer_spec(config: TransformerConfig, description: MegatronDescription, layer: int) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, description: MegatronDescription, groups: Groups, layer: int) -> ModuleSpec:
     """megatron's own local spec with our norms, attention and, where the family has them, biased linears and its own way to add up a block."""
     experts = config.num_moe_experts if description.is_mixture(layer) else None
     latent = description.attention.latent is not None
@@ -152,6 +153,8 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, lay
     elif description.mlp_bias:
         submodules = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear)
         block.mlp = ModuleSpec(module=MLP, submodules=submodules)
+    if experts is None:
+        block.mlp = gated_mlp(block.mlp.submodules, groups.tp)
     return spec
 
 
@@ -201,7 +204,7 @@ def build_model(description: MegatronDescription, config: TransformerConfig, gro
     for stage in range(layout.vpp):
         vp_stage, last = stage if layout.vpp > 1 else None, groups.is_last_stage and stage == layout.vpp - 1
         first = get_transformer_layer_offset(config, vp_stage, groups.coords.pp)
-        specs = [_layer_spec(config, description, first + layer) for layer in range(get_num_layers_to_build(config, vp_stage))]
+        specs = [_layer_spec(config, description, groups, first + layer) for layer in range(get_num_layers_to_build(config, vp_stage))]
         model = CausalLM(
             config,
             TransformerBlockSubmodules(layer_specs=specs, layer_norm=ModuleSpec(module=Norm, params={"style": description.norm})),

@@ -81,3 +81,11 @@ def table() -> list[tuple[str, str, str]]:
         off = (_chosen is None and not operator.wins) or (_chosen is not None and name not in _chosen) or extension.missing() is not None
         rows.append((name, REFERENCE if off else "compiled", operator.summary))
     return rows
+
+
+def announcement() -> str:
+    """One line on what is in use: the operators that run compiled, and for which instructions."""
+    names = [name for name, state, _ in table() if state == "compiled"]
+    if not names:
+        return f"plain torch ({extension.missing() or '--kernels ' + selected()})"
+    return f"{', '.join(names)} compiled ({extension.isa()}), the rest plain torch"

@@ -9,6 +9,7 @@ from mswift.families.modules.delta_net import DeltaNet
 from mswift.families.modules.latent import LatentAttention
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
 from mswift.families.modules.mixture import BiasedExpertRowLinear, SharedExperts, StyledRouter
+from mswift.families.modules.mlp import GatedMLP, gated_mlp
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.packed import packed_rows
 from mswift.families.modules.rotary import RotaryTables
@@ -22,6 +23,7 @@ __all__ = [
     "CausalLM",
     "DecoderAttention",
     "DeltaNet",
+    "GatedMLP",
     "GroupedRouter",
     "HeadNorm",
     "LatentAttention",

@@ -35,7 +35,9 @@ class Norm(nn.Module):
         """`hidden_states` ``[..., hidden]`` -> the same shape and dtype."""
         if self.style.kind == "rms":
             return rms_norm(hidden_states, self.weight, self.eps, zero_centred=self.style.zero_centred)
-        x, weight, bias = hidden_states, self.weight, self.bias
+        x: Tensor = hidden_states
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.style.zero_centred:  # 1 + weight does not fit into bf16
             x, weight, bias = x.float(), 1.0 + weight.float(), None if bias is None else bias.float()
         return F.layer_norm(x, weight.shape, weight, bias, self.eps).to(hidden_states.dtype)

@@ -1,0 +1,162 @@
+"""Norms, gated activations and rotations in one pass: equal to float64, in values and gradients, and to the plain-torch references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mswift.kernels import choice, extension
+from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, gated_activation, rms_norm, rotate
+
+pytestmark = pytest.mark.skipif(not extension.isa_at_least("avx2"), reason="the compiled kernels are not there, or the CPU has no AVX2")
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
+GATES = {"silu": SILU, "gelu": GELU_TANH, "clamped": Gate(slope=1.702, limit=1.0, offset=1.0)}
+
+
+@pytest.fixture(autouse=True)
+def chosen() -> Iterator[None]:
+    before = choice.selected()
+    choice.select("auto")
+    yield
+    choice.select(before)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float(((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-3)).detach())
+
+
+def check(function: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """The kernel beside float64, and no worse than the reference in the same dtype."""
+    dtype = inputs[0].dtype
+    exact = [part.detach().double().requires_grad_() for part in inputs]
+    inputs = [part.detach().requires_grad_() for part in inputs]
+    wanted = definition(*exact)
+    pull = draw(*wanted.shape, seed=9, dtype=dtype)
+    expected = (wanted, *torch.autograd.grad(wanted, exact, pull.double()))
+    errors = {}
+    for kernels in ("auto", "reference"):
+        choice.select(kernels)
+        out = function(*inputs)
+        assert out.dtype == dtype
+        assert out.shape == wanted.shape
+        parts = (out, *torch.autograd.grad(out, inputs, pull))
+        errors[kernels] = [distance(*pair) for pair in zip(parts, expected, strict=True)]
+    choice.select("auto")
+    assert max(errors["auto"]) < LIMITS[dtype]
+    assert all(ours < max(1.3 * theirs, 3e-7) for ours, theirs in zip(errors["auto"], errors["reference"], strict=True))
+
+
+def norm_by_definition(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * weight
+
+
+def gate_by_definition(x: Tensor, gate: Gate) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    a, b = a.clamp(max=gate.limit), b.clamp(-gate.limit, gate.limit)
+    activated = torch.nn.functional.gelu(a, approximate="tanh") if gate.cubic else a * (gate.slope * a).sigmoid()
+    return activated * (b + gate.offset)
+
+
+def rotation_by_definition(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    half = table.shape[-1]
+    first = torch.arange(half) * 2 if interleaved else torch.arange(half)
+    second = first + 1 if interleaved else first + half
+    angle = torch.complex(*table.double())[:, None, None]
+    turned = torch.complex(x[..., first], x[..., second]) * angle
+    return x.index_copy(3, first, turned.real).index_copy(3, second, turned.imag)
+
+
+def table_of(tokens: int, half: int) -> Tensor:
+    angles = draw(tokens, half, seed=5)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(9, 90), bf16=st.booleans(), zero_centred=st.booleans())
+def test_norm(rows: int, columns: int, bf16: bool, zero_centred: bool) -> None:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x, weight = draw(rows, 2, columns, dtype=dtype), draw(columns, seed=1, dtype=dtype)
+    check(
+        lambda x, w: rms_norm(x, w, 1e-3, zero_centred=zero_centred),
+        lambda x, w: norm_by_definition(x, 1.0 + w if zero_centred else w),
+        [x, weight],
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 90), bf16=st.booleans(), name=st.sampled_from(sorted(GATES)))
+def test_gate(rows: int, columns: int, bf16: bool, name: str) -> None:
+    x = 2 * draw(rows, 2, 2 * columns, dtype=torch.bfloat16 if bf16 else torch.float32)
+    check(lambda x: gated_activation(x, GATES[name]), lambda x: gate_by_definition(x, GATES[name]), [x])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens=st.integers(1, 5), heads=st.integers(1, 3), half=st.integers(1, 20), rest=st.integers(0, 9), bf16=st.booleans(), interleaved=st.booleans()
+)
+def test_rotation(tokens: int, heads: int, half: int, rest: int, bf16: bool, interleaved: bool) -> None:
+    x, table = draw(tokens, 2, heads, 2 * half + rest, dtype=torch.bfloat16 if bf16 else torch.float32), table_of(tokens, half)
+    check(lambda x: rotate(x, table, interleaved=interleaved), lambda x: rotation_by_definition(x, table, interleaved), [x])
+
+
+def test_views_extremes_and_nothing() -> None:
+    fused = draw(6, 2, 3, 5, 16).requires_grad_()
+    part, table = fused[..., 3, :], table_of(6, 8)
+    assert not part.is_contiguous()
+    assert torch.equal(rotate(part, table, interleaved=True), rotate(part.contiguous(), table, interleaved=True))
+    assert torch.equal(rms_norm(part, table[0, 0].repeat(2), 1e-6), rms_norm(part.contiguous(), table[0, 0].repeat(2), 1e-6))
+    wide = torch.tensor([[-1e4, 1e4, -100.0, 0.0, 1.0, 1.0, 1.0, 1.0]])
+    assert gated_activation(wide)[0].tolist() == pytest.approx([0.0, 1e4, 0.0, 0.0])
+    assert gated_activation(torch.full((1, 2), float("nan"), dtype=torch.bfloat16)).isnan().all()
+    assert rms_norm(torch.full((2, 4), 1e18), torch.ones(4), 1e-6).tolist() == [[1.0] * 4] * 2
+    empty = torch.zeros(0, 2, 4, requires_grad=True)
+    assert torch.autograd.grad(gated_activation(rms_norm(empty, torch.ones(4), 1e-6)).sum(), empty)[0].shape == empty.shape
+    assert rotate(torch.zeros(0, 1, 2, 16), torch.zeros(2, 0, 8), interleaved=False).shape == (0, 1, 2, 16)
+
+
+def test_instruction_sets_and_threads_agree() -> None:
+    x = draw(400, 1, 96, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = (rms_norm(x, x[0, 0], 1e-5), gated_activation(x))
+        torch.set_num_threads(2)
+        assert all(torch.equal(*pair) for pair in zip(alone, (rms_norm(x, x[0, 0], 1e-5), gated_activation(x)), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_what_torch_checks_of_an_operator(dtype: torch.dtype) -> None:
+    ops = torch.ops.mswift
+    x, weight = draw(3, 2, 2, 8, dtype=dtype).requires_grad_(), draw(8, seed=1, dtype=dtype).requires_grad_()
+    calls = [
+        (ops.rms_norm.default, (x, weight, 1e-5, True)),
+        (ops.gated_activation.default, (x, 1.0, 0.0, 7.0, 0.5)),
+        (ops.rotate.default, (x, table_of(3, 3), False, False)),
+    ]
+    for operator, arguments in calls:
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+def test_arguments_are_named_in_errors() -> None:
+    x = draw(3, 1, 2, 8)
+    for call, message in (
+        (lambda: torch.ops.mswift.rms_norm(x, x[0, 0, 0, :4], 1e-5, False), "weight must be"),
+        (lambda: torch.ops.mswift.gated_activation(x[..., :3], 1.0, 0.0, 1.0, 0.0), "gate and up side by side"),
+        (lambda: torch.ops.mswift.gated_activation(x, 1.0, 0.0, -1.0, 0.0), "limit must be above 0"),
+        (lambda: torch.ops.mswift.rotate(x, table_of(2, 4), False, False), "table must be"),
+        (lambda: torch.ops.mswift.rms_norm(x.double(), x[0, 0, 0], 1e-5, False), "float32 or bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    assert "float32 and bfloat16" in (choice.hindrance("rms_norm", x.double()) or "")
