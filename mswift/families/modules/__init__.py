@@ -34,5 +34,6 @@ __all__ = [
     "SharedExperts",
     "SharedSequence",
     "StyledRouter",
+    "gated_mlp",
     "packed_rows",
 ]

@@ -42,7 +42,7 @@ def _gate_of(config: TransformerConfig) -> Gate | None:
 
 
 def gated_mlp(submodules: MLPSubmodules, tp_group: dist.ProcessGroup) -> type[GatedMLP]:
-    """A class that needs nothing but a config. Of a spec megatron hands the group on to the classes of its own list only, and says so in every layer."""
+    """A class that needs nothing but a config: from a spec, megatron hands the group on to none but the classes that it knows by name."""
 
     class _Bound(GatedMLP):
         def __init__(self, config: TransformerConfig) -> None:
