@@ -29,8 +29,8 @@ struct Gate {
     const uint32_t bits = to_bits(x);                                                                                 \
     *to = static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                     \
   }                                                                                                                   \
-  static inline float least(float a, float b) { return a < b ? a : b; }                                               \
-  static inline float most(float a, float b) { return a > b ? a : b; }                                                \
+  static inline float least(float a, float b) { return b < a ? b : a; } /* a if it is NaN */                                            \
+  static inline float most(float a, float b) { return b > a ? b : a; }                                                \
   static inline float sum_of_lanes(const float* lanes) {                                                              \
     float sum = 0.0f;                                                                                                 \
     for (int i = 0; i < kLanes; i++) sum += lanes[i];                                                                 \

@@ -31,18 +31,25 @@ def measure(rank: int, world: int, run: Run, kernels: str) -> tuple[list[tuple[f
     return losses(rank, world, run), choice.announcement()
 
 
+def departure(found: list[tuple[float, float]], wanted: list[tuple[float, float]]) -> float:
+    """The largest relative difference of a loss or a gradient norm."""
+    return max(abs(a / b - 1.0) for ours, theirs in zip(found, wanted, strict=True) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_steps_are_those_of_plain_torch(case: str, rows: Path, tmp_path: Path) -> None:
     kind, world, changes = CASES[case]
     checkpoint = make_checkpoint(tmp_path / "model", kind, head_dim=16)
     base = Run(checkpoint, rows, steps=3, learning_rate=1e-3, **changes)
-    for dtype, limit in (("float32", 1e-5), ("bfloat16", 2e-2)):
-        run = replace(base, dtype=dtype)
-        compiled, said = run_distributed(measure, world, run, "auto")[0]
-        plain, said_of_plain = run_distributed(measure, world, run, "reference")[0]
-        assert "attention" in said
-        assert "rms_norm" in said
-        assert said_of_plain == "plain torch (--kernels reference)"
-        assert compiled != plain  # the kernels did run
-        for ours, theirs in zip(compiled, plain, strict=True):
-            assert ours == pytest.approx(theirs, rel=limit)
+    steps: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for dtype in ("float32", "bfloat16"):
+        for kernels in ("auto", "reference"):
+            found, said = run_distributed(measure, world, replace(base, dtype=dtype), kernels)[0]
+            steps[dtype, kernels] = found
+            assert ("attention" in said and "rms_norm" in said) == (kernels == "auto")
+            assert (said == "plain torch (--kernels reference)") == (kernels == "reference")
+        assert steps[dtype, "auto"] != steps[dtype, "reference"]  # the kernels did run
+    exact = steps["float32", "reference"]
+    assert departure(steps["float32", "auto"], exact) < 1e-5
+    # in bf16 another rounding may send a token to another expert; neither of the two is nearer to the truth by right
+    assert departure(steps["bfloat16", "auto"], exact) < 1.5 * departure(steps["bfloat16", "reference"], exact) + 5e-3
