@@ -29,7 +29,7 @@ save_interval:save_steps eval_interval:eval_steps log_interval:logging_steps
 distributed_backend:ddp_backend result_dir:result_path load_args_from_ckpt_dir:load_args
 load:model mcore_model:model output:output_dir ref_load:mcore_ref_model ref_adapter_load:mcore_ref_adapter
 template_type:template prompt_template:template num_workers:dataloader_num_workers evaluation_strategy:eval_strategy
-only_save_model:save_only_model use_liger:use_liger_kernel enable_liger_kernel:use_liger_kernel flash_attn:attn_impl
+only_save_model:save_only_model flash_attn:attn_impl
 interleave_probs:interleave_prob streaming_buffer_size:shuffle_buffer_size
 custom_register_path:external_plugins deterministic_mode:full_determinism quantization_bit:quant_bits neftune_alpha:neftune_noise_alpha
 """
@@ -46,6 +46,8 @@ SWITCHES: dict[str, dict[bool, tuple[str, str] | None]] = {
     "enable_unsloth": {True: ("kernels", "auto"), False: None},
     "use_unsloth": {True: ("kernels", "auto"), False: None},
     "use_liger_kernel": {True: ("kernels", "auto"), False: None},
+    "use_liger": {True: ("kernels", "auto"), False: None},
+    "enable_liger_kernel": {True: ("kernels", "auto"), False: None},
     "use_swanlab": {True: ("report_to", "swanlab"), False: None},
     "neat_packing": {True: ("packing", "true"), False: None},
 }

@@ -185,12 +185,12 @@ def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> N
         spec.submodules.linear_proj = BiasedRowParallelLinear
 
 
-def _further_spec(config: TransformerConfig, description: MegatronDescription) -> ModuleSpec:
+def _further_spec(config: TransformerConfig, description: MegatronDescription, groups: Groups) -> ModuleSpec:
     """megatron-core's own modules that predict further ahead, with our norms and our blocks."""
     norm = ModuleSpec(module=Norm, params={"style": description.norm})
     layers = []
     for index in range(description.built_further):
-        block = _layer_spec(config, description, config.num_layers + index)
+        block = _layer_spec(config, description, groups, config.num_layers + index)
         layer = get_mtp_layer_spec_for_backend(block, backend=LocalSpecProvider())
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
         layers.append(layer)
@@ -217,7 +217,7 @@ def build_model(description: MegatronDescription, config: TransformerConfig, gro
             position_embedding_type="rope",
             pg_collection=groups.collection,
             vp_stage=vp_stage,
-            mtp_block_spec=_further_spec(config, description) if last and description.built_further else None,
+            mtp_block_spec=_further_spec(config, description, groups) if last and description.built_further else None,
         )
         model.rotary_pos_emb = RotaryTables(
             description.attention.rotations, model.rotary_pos_emb.inv_freq.device, SharedSequence(groups.collection.cp)
