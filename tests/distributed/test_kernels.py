@@ -36,7 +36,7 @@ def departure(found: list[tuple[float, float]], wanted: list[tuple[float, float]
     return max(abs(a / b - 1.0) for ours, theirs in zip(found, wanted, strict=True) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.slow) if name == "mixture" else name for name in CASES])
 def test_steps_are_those_of_plain_torch(case: str, rows: Path, tmp_path: Path) -> None:
     kind, world, changes = CASES[case]
     checkpoint = make_checkpoint(tmp_path / "model", kind, head_dim=16)
