@@ -25,6 +25,25 @@ TORCH_LIBRARY(mswift, m) {
   m.def(
       "linear_softmax_grad_weight(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor factors, int valid, float scale, float cap) -> "
       "(Tensor grad_weight, Tensor grad_bias)");
+
+  // a frozen linear layer with a low-rank adapter, x [tokens, in], weight [out, in], a [rank, in], b [out, rank]:
+  //   low = scale dropout(x) a^T;  out = factor (x weight^T + low b^T) + bias;  inner: out without factor and bias, empty without a factor
+  // factor: fp32 [out], DoRA's. ids: int64 [tokens], the adapter of each token of the `adapters` whose ranks lie side by side in a and b, or -1.
+  // dropout: [threshold, seed, first row, first column, full width] of csrc/common/dropout.h, threshold 0 for none.
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? factor, Tensor? ids, int adapters, float scale, int[] dropout) -> "
+      "(Tensor out, Tensor low, Tensor inner)");
+  //   grad_low = scale (factor grad) b;  grad_x = (factor grad) weight + mask (grad_low a), empty unless `wanted`
+  m.def(
+      "lora_linear_grad_input(Tensor grad, Tensor weight, Tensor a, Tensor b, Tensor? factor, Tensor? ids, int adapters, float scale, int[] dropout, "
+      "bool wanted) -> (Tensor grad_x, Tensor grad_low)");
+  //   grad_a = grad_low^T dropout(x);  grad_b = (factor grad)^T low;  grad_factor: fp32 [out], sums of grad inner; empty without a factor
+  m.def(
+      "lora_linear_grad_factors(Tensor grad, Tensor x, Tensor low, Tensor grad_low, Tensor? factor, Tensor inner, int[] dropout) -> "
+      "(Tensor grad_a, Tensor grad_b, Tensor grad_factor)");
+  // x where the mask keeps it, times 256 / (256 - threshold); 0 elsewhere
+  m.def("lora_dropout(Tensor x, int[] dropout) -> Tensor");
+
   // between the products
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor rstd)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool zero_centred) -> Tensor");
