@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mswift.commands import session as sessions
+from mswift.commands.beside import beside_export
 from mswift.commands.dry_run import dry_run
 from mswift.commands.session import Session, check_data, check_writable, find_adapter, find_model, load_model, make_template, open_session
 from mswift.commands.tokens import write_cached
@@ -65,6 +66,7 @@ def export(config: ExportConfig) -> None:
         model = load_model(session, config.model, config.parallel, deferred=True, further=True)
         if adapter is not None:
             model.load_adapter(adapter)
+        beside_export(config, model, adapter)
         if settings.to_mcore:
             done = _write_megatron(config, model, target, begun)
         elif settings.to_peft_format or (adapter is not None and not settings.merge_lora):

@@ -50,7 +50,7 @@ def infer(config: InferConfig) -> None:
     directory = find_model(config.model)
     with open_session(directory, config.parallel, config.runtime) as session:
         _check_replicas(session, conversation=rows is None)
-        template = make_template(directory, config.model, config.template)
+        template = make_template(directory, config.model, config.template, adapter)
         settings, encoder = _settings(config, template, directory)
         questions = None if rows is None else _questions(config, rows, encoder, settings, directory)
         generator = _make_generator(config, session, template, adapter)
@@ -63,13 +63,18 @@ def infer(config: InferConfig) -> None:
 
 
 def _read_rows(config: InferConfig) -> list[Row] | None:
-    from mswift.data import load_dataset
+    from mswift.data.dataset import sample
+    from mswift.data.loading import ReadSettings, load_sources
 
     data = config.data
     if not data.val_dataset:
         return None
     check_data(config)
-    return load_dataset(data.val_dataset, shuffle=False, want="prompt", **reading(config))
+    known = reading(config)
+    sources = load_sources(data.val_dataset, ReadSettings(**{**known, "columns": known["columns"] or {}}, want="prompt"))
+    for source in sources:
+        logger.info("%s", source.line)
+    return [row for source in sources for row in sample(source.rows, source.spec.count, None)]
 
 
 def _result_path(config: InferConfig, adapter: Path | None) -> Path:

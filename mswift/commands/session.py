@@ -232,20 +232,25 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def make_template(directory: Path, model: ModelSection, template: TemplateSection) -> ChatTemplate:
-    """The chat template of the run: the one of ``--template``, else the checkpoint's own.
+def make_template(directory: Path, model: ModelSection, template: TemplateSection, adapter: Path | None = None) -> ChatTemplate:
+    """The chat template of the run: the one of ``--template``, else the one that an adapter brings along, else the checkpoint's own.
 
     Raises:
         ModelError: the config or the tokenizer of the checkpoint is missing or wrong. DataError: as `template_for`.
     """
     from mswift.families.model import read_hf_config
+    from mswift.templates.served import read_own_template
 
     read_hf_config(directory, trust_remote_code=model.trust_remote_code)  # the tokenizer reads it too, and would be blamed for it
-    return template_for(load_tokenizer(directory, trust_remote_code=model.trust_remote_code), template)
+    own = None if adapter is None else read_own_template(adapter)
+    return template_for(load_tokenizer(directory, trust_remote_code=model.trust_remote_code), template, own)
 
 
-def template_for(tokenizer: Any, template: TemplateSection) -> ChatTemplate:
+def template_for(tokenizer: Any, template: TemplateSection, own: str | None = None) -> ChatTemplate:
     """The chat template with the settings of the run, for a tokenizer.
+
+    Args:
+        own: Jinja text in place of the tokenizer's own.
 
     Raises:
         DataError: there is no chat template, or the tokenizer lacks the tokens of the one that was named.
@@ -257,7 +262,8 @@ def template_for(tokenizer: Any, template: TemplateSection) -> ChatTemplate:
     named = find_template(template.template) if template.template else None
     if named is not None:
         named.check(tokenizer)
-    text = named.text if named is not None else tokenizer.chat_template
+    given = own if named is None else named.text
+    text = given or tokenizer.chat_template
     loss_scale, hybrid = template.loss_scale, isinstance(text, str) and "enable_thinking" in text
     if hybrid and not (template.disable_ignore_empty_think or "ignore_empty_think" in loss_scale or loss_scale.startswith("all")):
         loss_scale += "+ignore_empty_think"
@@ -267,7 +273,7 @@ def template_for(tokenizer: Any, template: TemplateSection) -> ChatTemplate:
         system=template.system,
         loss_scale=loss_scale,
         enable_thinking=template.enable_thinking,
-        chat_template=None if named is None else named.text,
+        chat_template=given,
         stop_words=() if named is None else named.stop_words,
         add_non_thinking_prefix=template.add_non_thinking_prefix,
     )

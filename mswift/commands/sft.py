@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mswift.commands import session as sessions
+from mswift.commands.beside import beside_training
 from mswift.commands.session import (
     Session,
     check_data,
@@ -69,6 +70,7 @@ def sft(config: SftConfig) -> None:
         template = make_encoder(directory, config)
         data = open_data(config, session, template, rows, output_dir)
         engine = _make_engine(config, session, data_seed=config.train.seed)
+        engine.model.beside = beside_training(config, directory, template)
         hidden_size = engine.config.hidden_size
         batches, eval_batches = data.batches(config, session, template, hidden_size=hidden_size)
         identity = _identity(config, engine, directory, data, batches.global_batch_size)

@@ -34,6 +34,8 @@ from mswift.config.sections import (
 from mswift.config.splits import parse_stages
 from mswift.errors import ConfigError
 
+TOLD_BESIDE = ("template", "system", "response_prefix", "enable_thinking", "max_length")
+"""Settings that are written beside a model or an adapter, and that ``mswift infer`` takes up again."""
 _LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "merge_lora")
 
 
@@ -376,7 +378,7 @@ class ExportConfig(Config):
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from _idle_parallel(self.parallel)
         if not self.export.to_cached_dataset:
-            names = (name for name, flag in self.flags().items() if flag.section in ("data", "template"))
+            names = (name for name, flag in self.flags().items() if flag.section in ("data", "template") and name not in TOLD_BESIDE)
             yield tuple(names), "it is read by --to_cached_dataset only"
 
 

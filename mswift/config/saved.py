@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mswift.config.aliases import RENAMED, VALUES
-from mswift.config.configs import Config
+from mswift.config.configs import TOLD_BESIDE, Config
 from mswift.errors import ConfigError
 
 ARGS_FILE = "args.json"
 _WITH_ADAPTER = ("model", "model_revision", "torch_dtype", "use_hf")
-_WITH_MODEL = ("template", "system", "response_prefix", "enable_thinking", "max_length")
 
 
 def apply_saved(config_class: type[Config], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -40,13 +39,20 @@ def apply_saved(config_class: type[Config], given: Mapping[str, Any]) -> tuple[d
     source, saved = _read_args(folder)
     if source is None and adapters:
         source, saved = _read_base_model(folder)
-    names = (*_WITH_ADAPTER, *_WITH_MODEL) if adapters else _WITH_MODEL
+    names = (*_WITH_ADAPTER, *TOLD_BESIDE) if adapters else TOLD_BESIDE
     taken = {name: saved[name] for name in names if name in flags and name not in values and saved.get(name) not in (None, "")}
     for name, raw in taken.items():
         synonyms = VALUES.get(name, {})
         values[name] = flags[name].read(synonyms.get(raw, raw) if isinstance(raw, str) else raw, f"{source}: {name}")
     note = ", ".join(f"{name} {value if len(str(value)) <= 60 else '...'}" for name, value in taken.items())
     return values, [f"from {source}: {note}"] if taken else []
+
+
+def to_save(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings of a run those that `apply_saved` takes, for the args.json of an export; empty where none is about the template."""
+    names = (*_WITH_ADAPTER, *TOLD_BESIDE)
+    given = {name: flat[name] for name in names if flat.get(name) not in (None, "")}
+    return given if set(given) & set(TOLD_BESIDE) else {}
 
 
 def _read_args(folder: Path) -> tuple[Path | None, dict[str, Any]]:

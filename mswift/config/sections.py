@@ -326,7 +326,7 @@ class ExportSection:
     output_dir: str | None = option(None, "Folder to write", auto="<adapter or model>-merged, -mcore, -hf or -peft", metavar="DIR")
     exist_ok: bool = option(False, "Write into a folder that exists")
     max_shard_size: str = option("5GB", "Largest file of weights", pattern=_SIZE_PATTERN, wanted="a size such as 5GB or 500MB")
-    load_args: bool = option(True, "Take model settings from args.json beside the adapter")
+    load_args: bool = option(True, "Take model and template settings from args.json beside the adapter or the model")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -30,7 +30,17 @@ from mswift.conversion.rules import AnyRule, Rule
 from mswift.conversion.safetensors_io import ShardWriter
 from mswift.conversion.shards import Axis, cut_sources
 from mswift.conversion.stacks import SlabWriter
-from mswift.conversion.staging import begin_draft, check_space, check_target, make_temporary, parse_size, publish
+from mswift.conversion.staging import (
+    SmallFile,
+    begin_draft,
+    check_space,
+    check_target,
+    make_temporary,
+    missing_files,
+    parse_size,
+    publish,
+    put_files,
+)
 from mswift.errors import ConversionError
 
 _UNFINISHED = ".part"
@@ -57,7 +67,7 @@ def export_model(
     *,
     config: Mapping[str, Any] | bytes | Path,
     groups: ExportGroups | None = None,
-    extra_files: Iterable[str | Path] = (),
+    extra_files: Iterable[SmallFile] = (),
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
     exist_ok: bool = False,
@@ -72,7 +82,7 @@ def export_model(
         directory: must not hold anything yet; on a file system that all ranks share.
         config: content of config.json. A mapping gets the written dtype as its ``dtype`` and loses
             ``quantization_config``, for what is written is plain; bytes, or the file at a path, are kept as they are.
-        groups: None for one process. extra_files: copied by name (tokenizer, chat template, generation config).
+        groups: None for one process. extra_files: copied by name, or written (tokenizer, chat template, generation config).
         dtype: cast floating-point tensors to it, rounding once; None keeps every bit.
         max_shard_size: of a file, as ``5GB``. exist_ok: replace an earlier export. progress: after each parameter that this rank writes.
         source: what tells this export from any other (JSON types); with it, finished files survive a failure or a kill. resume: go on with them.
@@ -82,7 +92,7 @@ def export_model(
             the target is as it was.
     """
     begun, groups, target = time.perf_counter(), groups or ExportGroups(), Path(directory)
-    local, copies = list(parameters), [Path(path) for path in extra_files]
+    local, copies = list(parameters), list(extra_files)
     plan = plan_export(held_by_places(local, groups), rules, dtype=dtype, max_bytes=parse_size(max_shard_size), sizes=groups.sizes)
     identity = None if source is None else {**source, "files": plan.digest()}
     temporary = _begin(target, plan.nbytes, exist_ok, copies, groups, identity, resume)
@@ -214,7 +224,7 @@ def _begin(
     target: Path,
     nbytes: int,
     exist_ok: bool,
-    copies: Sequence[Path],
+    copies: Sequence[SmallFile],
     groups: ExportGroups,
     identity: dict[str, Any] | None,
     resume: bool,
@@ -243,8 +253,8 @@ def _unseen(temporary: Path) -> ConversionError:
     return ConversionError(f"{temporary} is not seen by this rank; the output directory must be on a file system that all nodes share")
 
 
-def _prepare(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[Path], identity: dict[str, Any] | None, resume: bool) -> Path:
-    fail_on(gap("file to copy", [str(path) for path in copies if not path.is_file()], "not found"), f"export to {target}")
+def _prepare(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[SmallFile], identity: dict[str, Any] | None, resume: bool) -> Path:
+    fail_on(gap("file to copy", missing_files(copies), "not found"), f"export to {target}")
     check_target(target, exist_ok)
     if identity is not None:
         draft = begin_draft(target, identity, resume)
@@ -262,7 +272,7 @@ def _prepare(target: Path, nbytes: int, exist_ok: bool, copies: Sequence[Path], 
 
 
 def _finish(
-    temporary: Path, target: Path, plan: ExportPlan, config: Mapping[str, Any] | bytes | Path, copies: Sequence[Path], groups: ExportGroups
+    temporary: Path, target: Path, plan: ExportPlan, config: Mapping[str, Any] | bytes | Path, copies: Sequence[SmallFile], groups: ExportGroups
 ) -> None:
     """The small files and the rename, on rank 0. Collective."""
     error: ConversionError | None = None
@@ -271,8 +281,7 @@ def _finish(
             (temporary / "config.json").write_bytes(_config_bytes(config, plan))
             if len(plan.files) > 1:
                 (temporary / INDEX_FILE).write_text(json.dumps(index_of(plan.files), indent=2) + "\n")
-            for path in copies:
-                shutil.copyfile(path, temporary / path.name)
+            put_files(copies, temporary)
             publish(temporary, target)
         except ConversionError as failure:
             error = failure

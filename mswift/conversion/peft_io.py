@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from mswift.conversion.directories import ADAPTER_CONFIG_FILE, ADAPTER_FILE, rea
 from mswift.conversion.expert_adapters import BEFORE_019, INNER, ExpertStack, expert_modules, form_of, installed_form, parameter_of, stacked_tensors
 from mswift.conversion.rules import AnyRule, ExpertSlot, Rule
 from mswift.conversion.safetensors_io import SafetensorsFile, TensorSpec, save_file
-from mswift.conversion.staging import staged
+from mswift.conversion.staging import SmallFile, put_files, staged
 from mswift.errors import ConversionError, ModelError
 
 WEIGHTS_FILE, CONFIG_FILE = ADAPTER_FILE, ADAPTER_CONFIG_FILE
@@ -117,7 +116,7 @@ def write_peft(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
-    extra_files: Iterable[str | Path] = (),
+    extra_files: Iterable[SmallFile] = (),
     exist_ok: bool = False,
 ) -> Path:
     """Write an adapter directory that `peft` and vLLM load; it appears whole or not at all. One process.
@@ -128,7 +127,7 @@ def write_peft(
     Args:
         tensors: by PEFT name, from `lora_to_peft`, or with more to be said of them. base_model: id or path of the base, or None.
         rank, alpha, use_rslora: give the scale. dropout: written as 0 where parameters are adapted, for which peft has none.
-        extra_files: copied by name.
+        extra_files: copied by name, or written.
 
     Raises:
         ConversionError: no tensors, names that are not those of an adapter, or the directory cannot be written.
@@ -149,8 +148,7 @@ def write_peft(
     with staged(Path(directory), exist_ok, nbytes) as temporary:
         save_file(temporary / WEIGHTS_FILE, padded)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for path in extra_files:
-            shutil.copyfile(path, temporary / Path(path).name)
+        put_files(extra_files, temporary)
     return Path(directory)
 
 

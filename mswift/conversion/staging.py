@@ -7,15 +7,43 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from mswift.errors import ConversionError
 
 _OURS = ("config.json", "adapter_config.json")  # of any model that we wrote
 DRAFT_NOTE = ".identity.json"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A small file that is written beside an export, rather than copied."""
+
+    name: str
+    text: str
+
+
+SmallFile: TypeAlias = str | Path | TextFile
+"""One to be copied by its name, or one to be written."""
+
+
+def missing_files(files: Iterable[SmallFile]) -> list[str]:
+    """Those to be copied that are not there."""
+    return [str(file) for file in files if not isinstance(file, TextFile) and not Path(file).is_file()]
+
+
+def put_files(files: Iterable[SmallFile], directory: Path) -> None:
+    """Copy or write small files into a directory, each by its name."""
+    for file in files:
+        if isinstance(file, TextFile):
+            (directory / file.name).write_text(file.text, encoding="utf8")
+        else:
+            shutil.copyfile(file, directory / Path(file).name)
 
 
 def parse_size(size: str | int) -> int:

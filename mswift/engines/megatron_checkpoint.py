@@ -11,7 +11,6 @@ The directory holds what a Hugging Face directory holds beside its weights (conf
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from mswift.conversion.directories import ADAPTER_CONFIG_FILE, CONFIG_FILE, MCOR
 from mswift.conversion.dist_checkpoint import PartsWriter, load_tensors, save_state, stored_shapes
 from mswift.conversion.export import plain_config
 from mswift.conversion.load import LocalParameter, Progress, gather_names
-from mswift.conversion.staging import begin_draft, check_space, check_target, draft_of, parse_size, publish, stamp_of
+from mswift.conversion.staging import TextFile, begin_draft, check_space, check_target, draft_of, parse_size, publish, put_files, stamp_of
 from mswift.engines.further import NOTE_FILE, PREFIX, names_of_copies
 from mswift.engines.megatron_keys import EXTRA_STATE, FOREIGN, add_extra_states, fit_to_stored
 from mswift.errors import CheckpointError
@@ -108,14 +107,13 @@ def write_checkpoint(
     return WriteReport(directory, len(names), nbytes, files, reused)
 
 
-def _finish(draft: Path, directory: Path, texts: Mapping[str, Any], copies: Iterable[Path]) -> None:
+def _finish(draft: Path, directory: Path, texts: Mapping[str, Any], beside: Iterable[Path | TextFile]) -> None:
     if not is_main_process():
         return
     (draft / MCORE_FILE).write_text(f"{MCORE_WEIGHTS}\n", encoding="utf8")
     for name, content in texts.items():
         (draft / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
-    for path in copies:
-        shutil.copyfile(path, draft / path.name)
+    put_files(beside, draft)
     publish(draft, directory)
 
 

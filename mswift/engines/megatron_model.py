@@ -23,7 +23,7 @@ from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule
 from mswift.conversion.safetensors_io import TensorReader, bytes_of
 from mswift.conversion.shards import Axis
-from mswift.conversion.staging import stamp_of
+from mswift.conversion.staging import TextFile, stamp_of
 from mswift.engines import further, megatron_adapter
 from mswift.engines.megatron_checkpoint import read_checkpoint, wider_names
 from mswift.errors import ConfigError
@@ -82,6 +82,7 @@ class MegatronModel:
 
     Attributes:
         chunks: the model chunks of this rank. family, hf_config, description: what the checkpoint is.
+        tokenizer_directory: where the small files of an export are copied from. beside: those that are written in their place.
         lora: settings of the adapters in the chunks, or None. held_wider: weights that are in fp32 here (routers) and in `dtype` in the checkpoint.
     """
 
@@ -106,6 +107,7 @@ class MegatronModel:
         self.lora: LoraSettings | None = None
         self.held_wider: set[str] = set()
         self.unread: dict[str, int] = {}
+        self.tokenizer_directory, self.beside = settings.directory, list[TextFile]()
         self._plan: LoadPlan | None = None
         local = self._local_parameters()
         if is_megatron(settings.directory):
@@ -235,9 +237,11 @@ class MegatronModel:
         """
         megatron_adapter.export_adapter(self, directory, base_model=base_model, form=form, exist_ok=exist_ok)
 
-    def tokenizer_files(self) -> list[Path]:
-        """Tokenizer, chat template and generation config of the checkpoint, to be copied beside what is exported."""
-        return [path for name in TOKENIZER_FILES if (path := self.settings.directory / name).is_file()]
+    def tokenizer_files(self) -> list[Path | TextFile]:
+        """Tokenizer, chat template and generation config, to be copied or written beside what is exported."""
+        written = {file.name for file in self.beside}
+        names = [name for name in TOKENIZER_FILES if name not in written]
+        return [*(path for name in names if (path := self.tokenizer_directory / name).is_file()), *self.beside]
 
     def _adapter_digest(self) -> str:
         """SHA-256 of this rank's part of the adapters."""

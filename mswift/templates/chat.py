@@ -95,6 +95,13 @@ class ChatTemplate:
         return sorted(token for token in ends if token is not None)
 
     @property
+    def end_token(self) -> str | None:
+        """The token among `end_of_turn`; None where a turn ends without one of its own."""
+        ids = self._tokenise([self._turn_end.trained])[0].ids if self._turn_end.trained else []
+        found = next((token for token in ids if token in self._added_ids), None)
+        return None if found is None else str(self.tokenizer.convert_ids_to_tokens(found))
+
+    @property
     def end_of_turn(self) -> str:
         """The text that the template writes to end an assistant turn, such as ``<|im_end|>``; empty where it writes none."""
         return self._turn_end.trained
