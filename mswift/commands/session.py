@@ -276,6 +276,7 @@ def template_for(tokenizer: Any, template: TemplateSection, own: str | None = No
         chat_template=given,
         stop_words=() if named is None else named.stop_words,
         add_non_thinking_prefix=template.add_non_thinking_prefix,
+        agent_template=template.agent_template,
     )
 
 
@@ -286,11 +287,14 @@ def check_template(template: TemplateSection) -> None:
         ConfigError: with the nearest name.
     """
     from mswift.templates import parse_loss_scale
+    from mswift.templates.dialects import check_name
     from mswift.templates.named import find_template
 
     parse_loss_scale(template.loss_scale)
     if template.template:
         find_template(template.template)
+    if template.agent_template:
+        check_name(template.agent_template)
 
 
 def make_encoder(directory: Path, config: SftConfig) -> RowEncoder:

@@ -54,6 +54,7 @@ def open_stream(config: SftConfig, session: Session, template: RowEncoder, readi
         layout.dp,
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
         layout.tp if config.parallel.sequence_parallel else 1,
+        config.packing.padding_free,
     )
     return StreamBatches(plan, template, reading, shape, max_length=limit, truncation=data.truncation_strategy)
 

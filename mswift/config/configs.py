@@ -34,7 +34,7 @@ from mswift.config.sections import (
 from mswift.config.splits import parse_stages
 from mswift.errors import ConfigError
 
-TOLD_BESIDE = ("template", "system", "response_prefix", "enable_thinking", "max_length")
+TOLD_BESIDE = ("template", "agent_template", "system", "response_prefix", "enable_thinking", "max_length")
 """Settings that are written beside a model or an adapter, and that ``mswift infer`` takes up again."""
 _LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "merge_lora")
 
@@ -301,7 +301,7 @@ class PtConfig(SftConfig):
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from SftConfig.idle(self)
-        names = ("template", "system", "loss_scale", "enable_thinking", "add_non_thinking_prefix", "disable_ignore_empty_think")
+        names = ("template", "agent_template", "system", "loss_scale", "enable_thinking", "add_non_thinking_prefix", "disable_ignore_empty_think")
         yield names, "plain text has no turns"
 
 

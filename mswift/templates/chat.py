@@ -46,6 +46,7 @@ class ChatTemplate:
         chat_template: a Jinja text that replaces the tokenizer's own.
         stop_words: texts that end a generated turn beside the template's own end.
         add_non_thinking_prefix: where the prompt opens the reasoning (``<think>``) and a turn has none, close it again; else an error.
+        agent_template: name of the dialect in which tools are written, for templates that write none.
 
     Raises:
         DataError: there is no chat template, it is not valid Jinja, it takes no system prompt though one is set, or the tokenizer is
@@ -62,16 +63,18 @@ class ChatTemplate:
         chat_template: str | None = None,
         stop_words: Sequence[str] = (),
         add_non_thinking_prefix: bool = True,
+        agent_template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.system = system
-        self.stop_words = tuple(stop_words)
         self.template_text = chat_template or _own_template(tokenizer)
         settings: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._settings = settings
+        self._settings, self._agent_template = settings, agent_template
         if settings and "enable_thinking" not in self.template_text:
             logger.warning("enable_thinking has no effect: the chat template of %s does not use it", _name(tokenizer))
-        self.renderer = Renderer.of(tokenizer, self.template_text, settings)
+        self.renderer = Renderer.of(tokenizer, self.template_text, settings, agent_template)
+        dialect = self.renderer.dialect
+        self.stop_words = (*stop_words, *(dialect.stop_words if dialect is not None else ()))
         self._added_ids = frozenset(tokenizer.get_added_vocab().values()) | frozenset(tokenizer.all_special_ids)
         self._pieces: dict[str, list[int]] = {}
         self._turn_end, opening = self._probe()
@@ -115,6 +118,8 @@ class ChatTemplate:
                 (self.system, self.loss_scale, self._settings, self._planner.add_non_thinking_prefix)
             ),
         }
+        if self._agent_template is not None:
+            parts["agent template"] = self._agent_template
         return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
     def render(self, conversation: Conversation | Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -136,7 +141,8 @@ class ChatTemplate:
         ids, ends = list(token_ids), self.stop_token_ids
         while ids and ids[-1] in ends:
             ids.pop()
-        name = find_format(self.template_text)
+        dialect = self.renderer.dialect
+        name = find_format(self.template_text) if dialect is None else dialect.form
         return parse_answer(self.decode(ids), name, tools) if name else Parsed(self.decode(ids), ())
 
     def encode(self, conversation: Conversation | Sequence[Message]) -> Encoded:

@@ -12,7 +12,9 @@ from jinja2.exceptions import TemplateSyntaxError
 
 from mswift.errors import DataError, one_line
 from mswift.templates.conversation import Conversation, Message, Tool
+from mswift.templates.dialects import Dialect, dialect_for
 from mswift.templates.environment import REFUSALS, compile_template, render, split_marks
+from mswift.templates.tool_calls import find_format
 from mswift.templates.tools import add_ids, check_tools, write_call
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLAIN_ROLES = frozenset({"user", "assistant"})
 _ASK: Message = {"role": "user", "content": "x"}
+_INSTEAD = "such as qwen2_5, or --agent_template hermes"
 _PROBE_TOOL: Tool = {
     "type": "function",
     "function": {
@@ -49,17 +52,20 @@ class Renderer:
 
     Args:
         text: the template's Jinja. variables: special tokens and settings that it may use. name: whose it is, for errors.
+        agent_template: in which dialect tools are written, if not in the template's own.
     """
 
-    def __init__(self, text: str, variables: Mapping[str, Any], name: str) -> None:
+    def __init__(self, text: str, variables: Mapping[str, Any], name: str, agent_template: str | None = None) -> None:
         self.text, self.variables, self.name = text, dict(variables), name
         self.has_generation_blocks = bool(_GENERATION_BLOCK.search(text))
         self._answers: dict[str, Any] = {}
+        writes_tools = self.takes_tools and self.tool_style is not None
+        self.dialect: Dialect | None = dialect_for(agent_template, find_format(text), writes_tools, text)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast, text: str, settings: Mapping[str, Any]) -> Renderer:
+    def of(cls, tokenizer: PreTrainedTokenizerFast, text: str, settings: Mapping[str, Any], agent_template: str | None = None) -> Renderer:
         """A renderer with the special tokens of a tokenizer."""
-        return cls(text, {**tokenizer.special_tokens_map, **settings}, tokenizer.name_or_path or "the tokenizer")
+        return cls(text, {**tokenizer.special_tokens_map, **settings}, tokenizer.name_or_path or "the tokenizer", agent_template)
 
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises `DataError` where the template refuses it or is broken."""
@@ -95,7 +101,11 @@ class Renderer:
         has_calls = any(message.get("tool_calls") for message in messages)
         if conversation.tools or has_calls:
             check_tools(conversation)
-            messages = self._prepare_tools(messages, has_calls=has_calls, tools=conversation.tools)
+            conversation = Conversation(messages, conversation.tools, conversation.kwargs)
+            if self.dialect is not None:
+                conversation = self.dialect.fold(conversation, takes_system=self.takes_system)
+                has_calls = any(message.get("tool_calls") for message in conversation.messages)
+            messages = self._prepare_tools(conversation.messages, has_calls=has_calls, tools=conversation.tools)
         for role in {str(message.get("role")) for message in messages} - _PLAIN_ROLES:
             if self.ignores(role):
                 raise DataError(f"the chat template of {self.name} ignores {role!r} turns; remove them or fold them into a user turn")
@@ -126,6 +136,11 @@ class Renderer:
     def takes_tools(self) -> bool:
         """Whether the template writes the schemas of tools."""
         return bool(self._known("tools", lambda: not self._same(Conversation([_ASK]), Conversation([_ASK], [_PROBE_TOOL]), refused=True)))
+
+    @property
+    def takes_system(self) -> bool:
+        """Whether the template writes system turns."""
+        return not self.ignores("system") and bool(self._known("takes system", lambda: self._try([{"role": "system", "content": "x"}, _ASK])))
 
     @property
     def drops_calls_beside_content(self) -> bool:
@@ -193,12 +208,12 @@ class Renderer:
 
     def _prepare_tools(self, messages: Sequence[Message], *, has_calls: bool, tools: Sequence[Tool]) -> list[Message]:
         if tools and not self.takes_tools:
-            raise DataError(f"the chat template of {self.name} leaves tools out; give a --template that writes them, such as qwen2_5")
+            raise DataError(f"the chat template of {self.name} leaves tools out; give a --template that does ({_INSTEAD})")
         style = self.tool_style
         if not has_calls:
             return list(messages)
         if style is None:
-            raise DataError(f"the chat template of {self.name} does not write tool calls; give a --template that does, such as qwen2_5")
+            raise DataError(f"the chat template of {self.name} does not write tool calls; give a --template that does ({_INSTEAD})")
         written = [self._with_calls(i, message, style) for i, message in enumerate(messages)]
         return add_ids(written, named="tool_call_argument_begin" in self.text) if style.ids else written
 

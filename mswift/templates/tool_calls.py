@@ -34,7 +34,7 @@ class Format:
     """One way of writing calls.
 
     Args:
-        markers: texts that a template holds if it writes this format; all of them. find: the calls of an answer.
+        markers: texts that a template holds if it writes this format, all of them; none: only a dialect does. find: the calls of an answer.
     """
 
     markers: tuple[str, ...]
@@ -43,7 +43,8 @@ class Format:
 
 def find_format(template_text: str) -> str | None:
     """The name of the format in which a template writes calls; None where it writes none that is known."""
-    return next((name for name, known in FORMATS.items() if all(marker in template_text for marker in known.markers)), None)
+    found = (name for name, known in FORMATS.items() if known.markers and all(marker in template_text for marker in known.markers))
+    return next(found, None)
 
 
 def parse_answer(text: str, name: str, tools: Sequence[Tool] = ()) -> Parsed:
@@ -194,6 +195,80 @@ def _tagged_parameters(outer: tuple[str, str], call: str, parameter: str, *, new
     return find
 
 
+def _worded(action: str, arguments: str) -> Callable[[str, Mapping[str, Any]], Iterator[Found]]:
+    """A word and the name, a word and the arguments in JSON (ReAct); after the last one the place of the result may be open."""
+    head = re.compile(rf"(?m)^[ \t]*{re.escape(action)}[ \t]*([^\n]+?)[ \t]*\n[ \t]*{re.escape(arguments)}")
+    tail = re.compile(r"\s*(?:Observation:|✿RESULT✿:)?\s*$")
+
+    def find(text: str, _schemas: Mapping[str, Any]) -> Iterator[Found]:
+        at = 0
+        while (match := head.search(text, at)) is not None:
+            read = _json_at(text, match.end())
+            calls = _call(match[1], read[0]) if read is not None else []
+            at = match.end() if read is None else read[1]
+            end = tail.match(text, at)
+            if calls:
+                yield match.start(), end.end() if end else at, calls
+
+    return find
+
+
+def _hunyuan(text: str, _schemas: Mapping[str, Any]) -> Iterator[Found]:
+    one = re.compile(r"<tool_call>\s*([^\n<]+?)\s*\n```json\n(.*?)\n```\s*</tool_call>", re.DOTALL)
+    for block in re.finditer(r"<tool_calls>(.*?)(?:</tool_calls>|$)", text, re.DOTALL):
+        calls = [call for name, body in one.findall(block[1]) for call in _call(name, body)]
+        if calls:
+            yield block.start(), block.end(), calls
+
+
+def _granite(text: str, _schemas: Mapping[str, Any]) -> Iterator[Found]:
+    """``<|tool_call|>`` and a JSON list."""
+    for match in re.finditer(re.escape("<|tool_call|>"), text):
+        read = _json_at(text, match.end())
+        calls = [call for item in read[0] for call in _from_object(item)] if read is not None and isinstance(read[0], list) else []
+        if read is not None and calls:
+            yield match.start(), read[1], calls
+
+
+def _lfm2(text: str, _schemas: Mapping[str, Any]) -> Iterator[Found]:
+    """A list of calls as Python writes them, between two tags."""
+    for block in re.finditer(r"<\|tool_call_start\|>(.*?)(?:<\|tool_call_end\|>|$)", text, re.DOTALL):
+        calls, at = list[ToolCall](), block[1].find("[") + 1
+        while (head := re.compile(r"[\s,]*([\w.-]+)\(").match(block[1], at)) is not None:
+            read = _python_call(block[1], head.end())
+            if read is None:
+                break
+            calls += _call(head[1], read[0])
+            at = read[1]
+        if calls:
+            yield block.start(), block.end(), calls
+
+
+def _python_call(text: str, start: int) -> tuple[dict[str, Any], int] | None:
+    """The keywords of a call whose parenthesis was opened before `start`, and where it is closed."""
+    end = text.find(")", start)
+    while end >= 0:
+        try:
+            call = ast.parse(f"f({text[start : end + 1]}", mode="eval").body
+            assert isinstance(call, ast.Call)
+            found: dict[str, Any] = {}
+            for keyword in call.keywords:
+                found |= {keyword.arg: ast.literal_eval(keyword.value)} if keyword.arg else ast.literal_eval(keyword.value)
+            return found, end + 1
+        except (ValueError, SyntaxError, TypeError, AssertionError):
+            end = text.find(")", end + 1)
+    return None
+
+
+def _glm4(text: str, _schemas: Mapping[str, Any]) -> Iterator[Found]:
+    """Name and JSON on two lines, a turn of its own for each call."""
+    for match in re.finditer(r"(?:^|<\|assistant\|>)([\w.:/-]+)\n(?=\{)", text):
+        read = _json_at(text, match.end())
+        calls = _call(match[1], read[0]) if read is not None else []
+        if read is not None and calls and re.match(r"\s*(?:<\|assistant\|>|<\|observation\|>|$)", text[read[1] :]):
+            yield match.start(), read[1], calls
+
+
 def _from_pairs(name: str, pairs: Sequence[tuple[str, str]], schemas: Mapping[str, Any]) -> list[ToolCall]:
     properties = schemas.get(name, {})
     return _call(name, {key: _value(value, properties.get(key)) for key, value in pairs})
@@ -239,8 +314,14 @@ FORMATS: dict[str, Format] = {
             ("<tool_call>", "</tool_call>"), r"<function=([^>]+)>(.*?)</function>", r"<parameter=([^>]+)>(.*?)</parameter>", newlines=True
         ),
     ),
+    "hunyuan": Format(("<tool_calls>", "function_arguments_in_json_format"), _hunyuan),
     "minimax_m1": Format(("<tool_calls>",), _tagged_json("<tool_calls>", "</tool_calls>")),
     "hermes": Format(("<tool_call>",), _tagged_json("<tool_call>", "</tool_call>")),
     "llama3": Format(("<|start_header_id|>", '"parameters"'), _llama3),
+    "granite": Format(("<|tool_call|>", "available_tools"), _granite),
+    "lfm2": Format(("<|tool_list_start|>",), _lfm2),
+    "glm4": Format(("# 可用工具",), _glm4),
+    "react": Format((), _worded("Action:", "Action Input:")),
+    "flowers": Format((), _worded("✿FUNCTION✿:", "✿ARGS✿:")),
 }
 """Name -> format; the first whose markers a template has is its own."""

@@ -20,7 +20,21 @@ OPENED = {"deepseek_r1", "deepseek_r1_distill", "glm4_7", "minimax_m2", "qwq"}
 SYSTEM_MOVES = {"mistral_nemo", "mistral_v3"}
 """The system prompt stands in the last user turn of a prompt, and nowhere once that is answered."""
 WITH_TOOLS = {
-    *("deepseek_v3_1", "glm4_5", "glm4_7", "gpt_oss", "granite4", "kimi_k2", "llama3_1", "llama3_2", "minimax_m1", "minimax_m2"),
+    *(
+        "deepseek_v3_1",
+        "glm4",
+        "glm4_5",
+        "glm4_7",
+        "gpt_oss",
+        "granite3_3",
+        "granite4",
+        "kimi_k2",
+        "lfm2",
+        "llama3_1",
+        "llama3_2",
+        "minimax_m1",
+        "minimax_m2",
+    ),
     *("mistral_nemo", "mistral_small", "mistral_v3", "qwen2_5", "qwen3", "qwen3_2507", "qwen3_5", "qwen3_coder", "qwq", "seed_oss"),
 }
 
@@ -49,7 +63,7 @@ def encode(template: ChatTemplate, conversation: Conversation) -> tuple[list[int
 def test_there_are_templates_of_many_public_models() -> None:
     assert len(NAMES) >= 45
     assert {"qwen3", "llama3", "alpaca", "chatml", "deepseek_v3", "glm4_5", "mistral_v3", "gemma3", "gpt_oss", "phi4", "kimi_k2"} <= set(NAMES)
-    takes = {name for name in NAMES if (r := ChatTemplate(tokenizer_for(name)).renderer).takes_tools and r.tool_style is not None}
+    takes = {name for name in NAMES if (r := ChatTemplate(tokenizer_for(name)).renderer).takes_tools and (r.tool_style or r.dialect) is not None}
     assert takes == WITH_TOOLS
 
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mswift.errors import DataError
+from mswift.errors import ConfigError, DataError
 from mswift.templates import ChatTemplate, Conversation
+from mswift.templates.dialects import DIALECTS
 from mswift.templates.tool_calls import FORMATS, find_format, parse_answer
 from mswift.templates.tools import add_ids, check_tools
-from tests.unit.templates.registry import WEATHER, answer, assistant, call, tokenizer_for, user
+from tests.unit.templates.registry import WEATHER, answer, assistant, call, tokenizer_for, tool_conversations, user
 from tests.unit.templates.test_every_template import WITH_TOOLS
 
 TOOL = {
@@ -34,7 +35,8 @@ TOOL = {
     },
 }
 FORMAT_OF = {
-    "deepseek_v3_1": "deepseek", "glm4_5": "glm", "glm4_7": "glm", "gpt_oss": "harmony", "granite4": "hermes", "kimi_k2": "kimi",
+    "glm4": "glm4", "granite3_3": "granite", "lfm2": "lfm2", "deepseek_v3_1": "deepseek",
+    "glm4_5": "glm", "glm4_7": "glm", "gpt_oss": "harmony", "granite4": "hermes", "kimi_k2": "kimi",
     "llama3_1": "llama3", "llama3_2": "llama3", "minimax_m1": "minimax_m1", "minimax_m2": "minimax_m2", "mistral_nemo": "mistral",
     "mistral_small": "mistral", "mistral_v3": "mistral", "qwen2_5": "hermes", "qwen3": "hermes", "qwen3_2507": "hermes", "qwen3_5": "qwen_coder",
     "qwen3_coder": "qwen_coder", "qwq": "hermes", "seed_oss": "seed",
@@ -58,7 +60,7 @@ def written(template: ChatTemplate, conversation: Conversation) -> str:
     plan = template._planner.plan(prepared)[-1]
     start, end, _ = plan.spans[-1]
     text = plan.text[start:end]
-    for stop in (template.end_of_turn, "<|observation|>"):
+    for stop in (template.end_of_turn, *template._turn_end.borrowed.values()):
         text = text.removesuffix(stop) if stop else text
     return text
 
@@ -78,6 +80,77 @@ def test_a_call_that_is_rendered_is_parsed_again(name: str) -> None:
         assert parsed.content.replace("<think>", "").replace("</think>", "").strip() == ""
 
     check()
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_a_call_of_a_dialect_is_parsed_again_and_the_template_sees_plain_turns(name: str) -> None:
+    host = "deepseek_r1" if name == "deepseek_v3" else "chatml"
+    template = ChatTemplate(tokenizer_for(host), agent_template=name)
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(arguments, min_size=1, max_size=3), st.sampled_from(["", "I look it up."]))
+    def check(several: list[dict[str, Any]], said: str) -> None:
+        calls = [call("look-up.v2", **each) for each in several]
+        conversation = Conversation([user("x"), assistant(said, tool_calls=calls)], [TOOL])
+        row = template.encode_rows(conversation)[-1]
+        generated = [token for token, weight in zip(row.input_ids, row.weights, strict=True) if weight]
+        parsed = template.parse(generated, [TOOL])
+        assert [each["function"] for each in parsed.tool_calls] == [each["function"] for each in calls]
+        assert parsed.content.replace("</think>", "").strip() == said
+
+    check()
+    rounds = tool_conversations()["two rounds"]
+    folded = template.renderer.prepare(rounds)
+    text = template.render(folded)
+    assert "Weather of a city" in text
+    assert text.count("noon") == 1
+    if host == "chatml":
+        assert [message["role"] for message in folded.messages] == ["system", *["user", "assistant"] * 4]
+        assert not any(message.get("tool_calls") for message in folded.messages)
+        assert not folded.tools
+        assert template.renderer.prepare(Conversation([user("x"), assistant("y")])).messages == [user("x"), assistant("y")]
+
+
+def test_a_template_without_system_turns_gets_the_tools_before_the_first_question() -> None:
+    template = ChatTemplate(tokenizer_for("gemma"), agent_template="hermes")
+    messages = template.renderer.prepare(tool_conversations()["call"]).messages
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[0]["content"].startswith("# Tools")
+    assert messages[0]["content"].endswith("</tool_call>\n\nWeather in 東京?")
+
+
+def test_names_of_agent_templates_mean_what_the_template_writes_itself_or_a_dialect() -> None:
+    own = ChatTemplate(tokenizer_for("qwen2_5"))
+    assert ChatTemplate(tokenizer_for("qwen2_5"), agent_template="hermes").renderer.dialect is None
+    other = ChatTemplate(tokenizer_for("qwen2_5"), agent_template="react_en")
+    called = tool_conversations()["call"]
+    assert "\nAction: get_weather\n" not in own.render(own.renderer.prepare(called))
+    assert "assistant\nAction: get_weather\nAction Input: {" in other.render(other.renderer.prepare(called))
+    assert other.stop_words == ("Observation:",)
+    assert other.identity() != own.identity()
+    with pytest.raises(ConfigError, match=r"^--agent_template hermis is unknown; did you mean hermes\? wanted one of chatglm4, "):
+        ChatTemplate(tokenizer_for("qwen2_5"), agent_template="hermis")
+    with pytest.raises(
+        ConfigError, match=r"^--agent_template glm4_5 is what .* by itself, and this one writes hermes; give --template glm4_5, or one"
+    ):
+        ChatTemplate(tokenizer_for("qwen2_5"), agent_template="glm4_5")
+    with pytest.raises(ConfigError, match=r"and this one writes none; give --template mistral"):
+        ChatTemplate(tokenizer_for("chatml"), agent_template="mistral")
+
+
+def test_text_of_a_model_in_a_dialect_is_read_with_what_stands_around_the_calls() -> None:
+    react = parse_answer('Thought: I look.\nAction: f\nAction Input: {"a": 1}\nObservation:', "react")
+    assert (react.content, react.tool_calls[0]["function"]) == ("Thought: I look.", {"name": "f", "arguments": {"a": 1}})
+    lfm2 = parse_answer("<|tool_call_start|>[f(a=')', b=[1, {'c': None}]), g()]<|tool_call_end|>On it.", "lfm2")
+    assert [each["function"] for each in lfm2.tool_calls] == [
+        {"name": "f", "arguments": {"a": ")", "b": [1, {"c": None}]}},
+        {"name": "g", "arguments": {}},
+    ]
+    assert lfm2.content == "On it."
+    glm4 = parse_answer('\nI look.<|assistant|>f\n{"a": 1}<|assistant|>g\n{}', "glm4")
+    assert [each["function"]["name"] for each in glm4.tool_calls] == ["f", "g"]
+    assert glm4.content == "I look."
+    assert parse_answer('\nf\n{"a": 1} is how', "glm4").tool_calls == ()
 
 
 def test_every_format_leaves_text_and_broken_calls_alone() -> None:
@@ -126,7 +199,10 @@ def test_schemas_are_checked_and_templates_that_would_drop_tools_refuse() -> Non
         check_tools(Conversation([user("x")], [{"function": {"name": "f", "parameters": {"type": "string"}}}]))
     with pytest.raises(DataError, match=r"which has no schema; the tools are none: the row has no tools"):
         check_tools(Conversation([user("x"), assistant("", tool_calls=[call("f")])]))
-    with pytest.raises(DataError, match=r"^the chat template of tiny-chatml leaves tools out; give a --template that writes them, such as qwen2_5$"):
+    with pytest.raises(
+        DataError,
+        match=r"^the chat template of tiny-chatml leaves tools out; give a --template that does \(such as qwen2_5, or --agent_template hermes\)$",
+    ):
         ChatTemplate(tokenizer_for("chatml")).encode(Conversation([user("x"), assistant("y")], [WEATHER]))
     two = [call("get_weather", city="x"), call("get_weather", city="y")]
     with pytest.raises(DataError, match=r"^messages\[1\] makes 2 tool calls, and the chat template of tiny-gpt_oss writes one a turn; split it$"):
