@@ -104,7 +104,7 @@ class TemplateSection:
     )
     response_prefix: str | None = option(None, "Text that every answer of infer begins with", auto="none")
     agent_template: str | None = option(
-        None, "Tools as text for a template that writes none: hermes, react_en, qwen_en, ...", auto="the template's own"
+        None, "Tools as text, for a template that writes none: hermes, react_en, qwen_en and more", auto="the template's own"
     )
     enable_thinking: bool | None = option(None, "Switch of hybrid thinking models", auto="the template's own")
     add_non_thinking_prefix: bool = option(True, "Where a prompt opens the reasoning, train answers without any to close it first")
