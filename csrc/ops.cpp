@@ -44,6 +44,11 @@ TORCH_LIBRARY(mswift, m) {
   // x where the mask keeps it, times 256 / (256 - threshold); 0 elsewhere
   m.def("lora_dropout(Tensor x, int[] dropout) -> Tensor");
 
+  // rows sorted by group, a weight for each group
+  m.def(
+      "grouped_product(Tensor x, Tensor[] weights, Tensor counts, Tensor[] biases, Tensor? low, Tensor[] up, bool columns, float alpha, Tensor? seeds, "
+      "int threshold, int first_column, int full_width) -> Tensor");
+  m.def("grouped_outer(Tensor a, Tensor b, Tensor counts, Tensor? seeds, int threshold, int first_column, int full_width) -> Tensor");
   // between the products
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor rstd)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool zero_centred) -> Tensor");
