@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -39,6 +38,7 @@ from mswift.families.modules import (
     CausalLM,
     DecoderAttention,
     DeltaNet,
+    GroupedExperts,
     GroupedRouter,
     LatentAttention,
     Norm,
@@ -161,11 +161,12 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, gro
 def _describe_mixture(spec: ModuleSpec, description: MegatronDescription) -> None:
     if spec.submodules.shared_experts is not None:
         spec.submodules.shared_experts.module = SharedExperts
+    spec.submodules.experts.module = GroupedExperts
     if description.router != RouterStyle():
         spec.submodules.router = functools.partial(StyledRouter, style=description.router)
     if description.expert_bias:
         linears = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedExpertRowLinear)
-        spec.submodules.experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        spec.submodules.experts.submodules = linears
 
 
 def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> None:

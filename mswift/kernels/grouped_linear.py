@@ -49,7 +49,7 @@ class _Mask(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """``alpha (x W^T + mask * (low up^T)) + bias`` of each group, or with `columns` ``alpha (x W + mask * (low up))``; without `low` the mask is on x."""
+    """``alpha (x W^T + mask * (low up^T)) + bias`` of each group; with `columns` W and up as they are. Without `low` the mask is on x."""
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor] = ()

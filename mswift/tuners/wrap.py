@@ -11,9 +11,10 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from mswift.families.modules import SharedExperts
+from mswift.families.modules import GroupedExperts, SharedExperts
 from mswift.kernels.lora_linear import keep_mask
 from mswift.runtime.precision import widen
+from mswift.tuners.experts import AdaptedExpertLayers
 from mswift.tuners.lora import Adapter, LoraHead, LoraLinear, LoraSettings
 from mswift.tuners.targets import GATE_WEIGHT, HEAD, check_dora, kind_of
 
@@ -130,6 +131,8 @@ def add_lora(
         if isinstance(module, SharedExperts) and module.use_shared_expert_gate and wanted(gate_name):
             module.gate_adapter = LoraGate(module, gate_name, settings)
             wrapped.append(gate_name)
+        if isinstance(module, GroupedExperts):
+            module.layers = AdaptedExpertLayers()
         adapter = _adapter(module, whole_name, settings, width) if wanted(whole_name) else None
         if adapter is not None:
             parent, _, leaf = name.rpartition(".")

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
+from mswift.families.gpt_oss import sigmoid_gate
 from mswift.kernels import choice
 from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, gated_activation
 
@@ -20,7 +21,7 @@ class GatedMLP(MLP):
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.gate = _gate_of(config)
+        self.gate = gate_of(config)
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """``[s, b, hidden]`` -> (the same, the bias of the second product)."""
@@ -30,10 +31,15 @@ class GatedMLP(MLP):
         return self.linear_fc2(gated_activation(both if bias is None else both + bias, self.gate))
 
 
-def _gate_of(config: TransformerConfig) -> Gate | None:
+def gate_of(config: TransformerConfig) -> Gate | None:
     """None: another activation than those that the kernel knows."""
     function: Any = config.activation_func
-    if not config.gated_linear_unit or config.activation_func_clamp_value is not None or config.glu_linear_offset:
+    if not config.gated_linear_unit:
+        return None
+    if isinstance(function, functools.partial) and function.func is sigmoid_gate:
+        limit = config.activation_func_clamp_value
+        return Gate(slope=function.args[0], limit=float("inf") if limit is None else limit, offset=config.glu_linear_offset)
+    if config.activation_func_clamp_value is not None or config.glu_linear_offset:
         return None
     if function is F.silu:
         return SILU
