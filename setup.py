@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("MSWIFT_BUILD", "auto")
 CUDA = os.environ.get("MSWIFT_CUDA", "auto")
-cuda = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))
+cuda = runpy.run_path(str(ROOT / "mswift" / "kernels" / "cuda_build.py"))
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # of which the intrinsics in GCC 12's own headers are full
 

@@ -4,41 +4,38 @@
 
 namespace {
 constexpr int THREADS = 256;
-enum Kind { SILU, GELU_TANH, GELU_ERF, CLAMPED };
+enum Kind { SIGMOID, ERF };
 
 struct Gated {
   const void *gate, *up, *dy;
   void *y, *dgate, *dup;
   int64_t rows, cols, stride;
-  float limit, alpha;
+  float slope, cubic, limit, offset;
   int kind;
   bool wide;
 };
 
 __device__ __forceinline__ float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
 
-// value of the activation and its slope
-__device__ __forceinline__ void activate(const Gated& g, float x, float& value, float& slope) {
-  if (g.kind == SILU) {
-    const float s = sigmoid(x);
-    value = x * s, slope = s + x * s * (1.0f - s);
-  } else if (g.kind == GELU_TANH) {
-    const float t = tanhf(0.7978845608f * (x + 0.044715f * x * x * x));
-    value = 0.5f * x * (1.0f + t), slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
-  } else if (g.kind == GELU_ERF) {
+// value of the activation and its slope; what is not a number stays so
+__device__ __forceinline__ void activate(const Gated& g, float gate, float& value, float& slope) {
+  const bool above = gate > g.limit;
+  const float x = above ? g.limit : gate;
+  if (g.kind == ERF) {
     const float share = 0.5f * (1.0f + erff(x * 0.7071067812f));
     value = x * share, slope = share + x * 0.3989422804f * fast_exp(-0.5f * x * x);
   } else {
-    const float c = fminf(x, g.limit), s = sigmoid(g.alpha * c);
-    value = c * s, slope = x > g.limit ? 0.0f : s + g.alpha * c * s * (1.0f - s);
+    const float s = sigmoid(g.slope * x * (1.0f + g.cubic * x * x));
+    value = x * s, slope = s + x * s * (1.0f - s) * g.slope * (1.0f + 3.0f * g.cubic * x * x);
   }
+  if (above) slope = 0.0f;
 }
 
 // what multiplies the activation, and its slope
 __device__ __forceinline__ float multiplier(const Gated& g, float up, float& slope) {
-  if (g.kind != CLAMPED) return slope = 1.0f, up;
-  slope = fabsf(up) > g.limit ? 0.0f : 1.0f;
-  return fminf(fmaxf(up, -g.limit), g.limit) + 1.0f;
+  const bool outside = fabsf(up) > g.limit;
+  slope = outside ? 0.0f : 1.0f;
+  return (outside ? copysignf(g.limit, up) : up) + g.offset;
 }
 
 template <class T, bool BACKWARD> __global__ void __launch_bounds__(THREADS) gated(const Gated g) {
@@ -78,14 +75,14 @@ template <class T, bool BACKWARD> int run(Gated g, void* stream) {
 }
 }  // namespace
 
-extern "C" int mswift_gated_forward(int dtype, int kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float limit,
-                                    float alpha, void* stream) {
-  const Gated g{gate, up, nullptr, y, nullptr, nullptr, rows, cols, stride, limit, alpha, kind, false};
+extern "C" int mswift_gated_forward(int dtype, int kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float slope,
+                                    float cubic, float limit, float offset, void* stream) {
+  const Gated g{gate, up, nullptr, y, nullptr, nullptr, rows, cols, stride, slope, cubic, limit, offset, kind, false};
   return dtype == 1 ? run<bf16, false>(g, stream) : run<float, false>(g, stream);
 }
 
 extern "C" int mswift_gated_backward(int dtype, int kind, const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows, int64_t cols,
-                                     int64_t stride, float limit, float alpha, void* stream) {
-  const Gated g{gate, up, dy, nullptr, dgate, dup, rows, cols, stride, limit, alpha, kind, false};
+                                     int64_t stride, float slope, float cubic, float limit, float offset, void* stream) {
+  const Gated g{gate, up, dy, nullptr, dgate, dup, rows, cols, stride, slope, cubic, limit, offset, kind, false};
   return dtype == 1 ? run<bf16, true>(g, stream) : run<float, true>(g, stream);
 }

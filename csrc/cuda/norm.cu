@@ -94,7 +94,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) rms_norm_backward(
       store_pack(dy, static_cast<T*>(n.y) + at, p * P, n.cols, n.wide);
     }
   }
-  for (int p = tid; p < packs; p += THREADS)
+  for (int p = tid; n.partial && p < packs; p += THREADS)
     for (int f = 0; f < F; f++) {
       float sum[4];
       unpack<float>(sum, of_weight[p * F + f]);
@@ -158,7 +158,7 @@ extern "C" int mswift_rms_norm_forward(int dtype, const void* x, const void* res
 
 extern "C" int mswift_rms_norm_backward(int dtype, const void* dy, const void* dsum, const void* x, const void* weight, const float* rstd, void* dx,
                                         float* partial, float* dweight, int64_t rows, int64_t cols, int zero_centred, void* stream) {
-  Norm n{x, dsum, weight, dy, dx, nullptr, const_cast<float*>(rstd), partial, rows, cols, 0.0f, zero_centred != 0, false};
+  Norm n{x, dsum, weight, dy, dx, nullptr, const_cast<float*>(rstd), dweight ? partial : nullptr, rows, cols, 0.0f, zero_centred != 0, false};
   const int blocks = norm_blocks(rows);
   if (rows > 0) {
     const bool places = wide_rows<float>(x, 0) && wide_rows<float>(dsum, 0) && wide_rows<float>(weight, 0) && wide_rows<float>(dy, 0) && wide_rows<float>(dx, 0);
@@ -168,7 +168,7 @@ extern "C" int mswift_rms_norm_backward(int dtype, const void* dy, const void* d
         : launch(rms_norm_backward<float>, dim3(blocks), dim3(THREADS), row_bytes<float>(cols, 3), static_cast<Stream>(stream), n);
     if (error) return error;
   }
-  return finish_sum(partial, dweight, blocks, cols, static_cast<Stream>(stream));
+  return dweight ? finish_sum(partial, dweight, blocks, cols, static_cast<Stream>(stream)) : 0;
 }
 
 extern "C" int mswift_column_sum(int dtype, const void* a, const void* b, float* partial, float* out, int64_t rows, int64_t cols, int64_t stride,

@@ -10,8 +10,8 @@ struct Rope {
   void* out;
   const float *cosine, *sine;
   const int64_t* positions;
-  int64_t tokens, token_stride, head_stride;
-  int heads, dim, rotary, sign;
+  int64_t tokens, token_stride, head_stride, out_token_stride, out_head_stride;
+  int heads, dim, rotary, repeat, sign;
   bool wide, in_place;
 };
 
@@ -57,9 +57,9 @@ template <class T, bool INTERLEAVED> __global__ void __launch_bounds__(THREADS) 
   const int64_t index = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x, head = index / (turning + resting);
   if (head >= r.tokens * r.heads) return;
   const int pack = static_cast<int>(index % (turning + resting));
-  const int64_t token = head / r.heads, at = token * r.token_stride + head % r.heads * r.head_stride;
-  const T* x = static_cast<const T*>(r.x) + at;
-  T* out = static_cast<T*>(r.out) + at;
+  const int64_t token = head / r.heads, which = head % r.heads;
+  const T* x = static_cast<const T*>(r.x) + token * r.token_stride + which * r.head_stride;
+  T* out = static_cast<T*>(r.out) + token * r.out_token_stride + which * r.out_head_stride;
   if (pack >= turning) {
     float value[P];
     const int first = r.rotary + (pack - turning) * P;
@@ -67,7 +67,7 @@ template <class T, bool INTERLEAVED> __global__ void __launch_bounds__(THREADS) 
     store_pack(value, out, first, r.dim, r.wide);
     return;
   }
-  const int64_t position = r.positions ? load(r.positions + token) : token;
+  const int64_t place = token / r.repeat, position = r.positions ? load(r.positions + place) : place;
   if (INTERLEAVED) rotate_pairs(r, x, out, position, pack * P);
   else rotate_halves(r, x, out, position, pack * P);
 }
@@ -77,7 +77,8 @@ template <class T> int run(Rope r, bool interleaved, void* stream) {
   const int turning = ((interleaved ? r.rotary : r.rotary / 2) + P - 1) / P, resting = r.in_place ? 0 : (r.dim - r.rotary + P - 1) / P;
   const int64_t threads = r.tokens * r.heads * (turning + resting);
   if (threads == 0) return 0;
-  r.wide = wide_rows<T>(r.x, r.token_stride) && wide_rows<T>(r.out, r.head_stride) && r.rotary % (interleaved ? P : 2 * P) == 0;
+  r.wide = wide_rows<T>(r.x, r.token_stride) && wide_rows<T>(r.x, r.head_stride) && wide_rows<T>(r.out, r.out_token_stride) &&
+           wide_rows<T>(r.out, r.out_head_stride) && r.rotary % (interleaved ? P : 2 * P) == 0;
   const dim3 grid(static_cast<unsigned>((threads + THREADS - 1) / THREADS));
   return interleaved ? launch(rope<T, true>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), r)
                      : launch(rope<T, false>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), r);
@@ -85,8 +86,10 @@ template <class T> int run(Rope r, bool interleaved, void* stream) {
 }  // namespace
 
 extern "C" int mswift_rope(int dtype, const void* x, void* out, const float* cosine, const float* sine, const int64_t* positions, int64_t tokens, int heads,
-                           int dim, int rotary, int64_t token_stride, int64_t head_stride, int interleaved, int sign, void* stream) {
-  if (rotary % 2 || rotary > dim) return MSWIFT_UNSUPPORTED;
-  const Rope r{x, out, cosine, sine, positions, tokens, token_stride, head_stride, heads, dim, rotary, sign, false, x == out};
+                           int dim, int rotary, int repeat, int64_t token_stride, int64_t head_stride, int64_t out_token_stride, int64_t out_head_stride,
+                           int interleaved, int sign, void* stream) {
+  if (rotary % 2 || rotary > dim || repeat < 1) return MSWIFT_UNSUPPORTED;
+  const Rope r{x,     out, cosine, sine,   positions, tokens, token_stride, head_stride, out_token_stride, out_head_stride,
+               heads, dim, rotary, repeat, sign,      false,  x == out};
   return dtype == 1 ? run<bf16>(r, interleaved != 0, stream) : run<float>(r, interleaved != 0, stream);
 }

@@ -1,16 +1,18 @@
 """The library of csrc/cuda, loaded only where there is a device; MSWIFT_CUDA=0 leaves it alone.
 
 Its functions on tensors are in cuda_head, cuda_linear and cuda_rows: they allocate, pass pointers and check the returned code; gradients and
-shapes for tracing belong to the operators. bf16 for everything with a matrix product, fp32 or bf16 for the rest; sums are in fp32 and in a
-fixed order.
+shapes for tracing belong to the operators, whose kernels on a device `cuda_operators` makes them. bf16 for everything with a matrix product,
+fp32 or bf16 for the rest; sums are in fp32 and in a fixed order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,24 @@ import torch
 from torch import Tensor
 
 from mswift.kernels import cuda_abi as abi
+from mswift.kernels import cuda_build
 
-_LIBRARY = Path(__file__).resolve().parent / "lib" / "libmswift_cuda.so"
+_FOLDER = Path(__file__).resolve().parent / "lib"
 
 
 class Library:
-    """One loaded library; `stream` gives the stream of a device on which they are started."""
+    """One loaded library. `on` makes a device the current one and gives the stream on which kernels are started there."""
 
-    def __init__(self, library: ctypes.CDLL, stream: Callable[[torch.device], int | None]) -> None:
-        self._functions, self._stream = abi.functions(library), stream
+    def __init__(self, library: ctypes.CDLL, on: Callable[[torch.device], AbstractContextManager[int | None]]) -> None:
+        self._functions, self._on = abi.functions(library), on
         self._explain: Any = library.mswift_cuda_error
         self._explain.restype = ctypes.c_char_p
 
     def call(self, name: str, like: Tensor, *arguments: Any) -> None:
         """Tensors and structures stand for pointers. Raises RuntimeError with the library's words for the code."""
         plain = [pointer(argument) if isinstance(argument, Tensor | ctypes.Structure) else argument for argument in arguments]
-        code = self._functions[name](*plain, self._stream(like.device))
+        with self._on(like.device) as stream:
+            code = self._functions[name](*plain, stream)
         if code:
             raise RuntimeError(f"{name} on {like.device}: {self._explain(code).decode()} (code {code})")
 
@@ -51,16 +55,38 @@ def dtype_of(tensor: Tensor) -> int:
     return abi.DTYPES[str(tensor.dtype).removeprefix("torch.")]
 
 
+@functools.cache
+def _stale() -> str | None:
+    return cuda_build.stale(_FOLDER)
+
+
 def missing() -> str | None:
     """Why the CUDA kernels cannot be used here; None: they can."""
     if os.environ.get("MSWIFT_CUDA") == "0":
         return "MSWIFT_CUDA=0"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return None if _LIBRARY.is_file() else "they were not built: install with nvcc on PATH or CUDA_HOME set"
+    if not (_FOLDER / cuda_build.LIBRARY).is_file():
+        return "the CUDA kernels were not built: install with nvcc on PATH or CUDA_HOME set"
+    return _stale()
+
+
+def hindrance(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> str | None:
+    """Why the kernels do not take these tensors, all of one dtype; None: they do."""
+    first = tensors[0].dtype
+    if first not in dtypes or any(tensor.dtype != first for tensor in tensors):
+        found = " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+        return f"the CUDA kernel takes {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {found}"
+    return missing()
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[int | None]:
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache
 def library() -> Library:
     """The library of this installation; ask `missing` first."""
-    return Library(ctypes.CDLL(str(_LIBRARY)), lambda device: torch.cuda.current_stream(device).cuda_stream)
+    return Library(ctypes.CDLL(str(_FOLDER / cuda_build.LIBRARY)), _on)

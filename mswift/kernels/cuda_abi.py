@@ -10,7 +10,7 @@ from typing import Any
 UNSUPPORTED = -1
 NORM_BLOCKS = 256
 DTYPES = {"float32": 0, "bfloat16": 1}
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "clamped": 3}
+SIGMOID, ERF = 0, 1
 BF16, INT8, NF4 = 0, 1, 2
 CHUNK = 128
 """The vocabulary is worked on in multiples of so many rows, tokens in tiles of as many."""
@@ -63,9 +63,9 @@ _TYPES = {"i": c_int, "p": c_void_p, "l": c_int64, "f": c_float}
 SIGNATURES = {
     "mswift_rms_norm_forward": "ippppppllfip",
     "mswift_rms_norm_backward": "ippppppppllip",
-    "mswift_gated_forward": "iippplllffp",
-    "mswift_gated_backward": "iippppplllffp",
-    "mswift_rope": "ipppppliiilliip",
+    "mswift_gated_forward": "iippplllffffp",
+    "mswift_gated_backward": "iippppplllffffp",
+    "mswift_rope": "ipppppliiiilllliip",
     "mswift_gather_rows": "ipppllp",
     "mswift_combine_rows": "ipppplilp",
     "mswift_combine_rows_backward": "ipppppplilp",
@@ -102,5 +102,5 @@ def threshold_of(probability: float) -> int:
     return max(1, min(255, round(probability * 256))) if probability > 0 else 0
 
 
-__all__ = ["ACTIVATIONS", "BF16", "CHUNK", "DTYPES", "INT8", "NF4", "NORM_BLOCKS", "SIGNATURES", "UNSUPPORTED"]
+__all__ = ["BF16", "CHUNK", "DTYPES", "ERF", "INT8", "NF4", "NORM_BLOCKS", "SIGMOID", "SIGNATURES", "UNSUPPORTED"]
 __all__ += ["Dropout", "Head", "Linear", "Outer", "c_int32", "functions", "splits_of", "threshold_of"]

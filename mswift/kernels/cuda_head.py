@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mswift.kernels import cuda_abi as abi
-from mswift.kernels.cuda import Library, dtype_of, missing, pointer
-from mswift.kernels.cuda import library as loaded
+from mswift.kernels.cuda import Library, dtype_of, pointer
 
 _VOCABULARY_CHUNK = 64 * abi.CHUNK
 _LOWEST = -1e30
@@ -22,10 +21,18 @@ def _head(
     return abi.Head(**pointers, **sizes, scale=scale, softcap=cap, without_label=without_label)
 
 
+def _dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    if not hidden.dtype == weight.dtype == torch.bfloat16 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        got = f"hidden {list(hidden.shape)} {hidden.dtype}, weight {list(weight.shape)} {weight.dtype}, labels {list(labels.shape)}"
+        raise RuntimeError(f"linear_softmax: wanted bfloat16 hidden [tokens, n], weight [rows, n] and labels [tokens], got {got}")
+    return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.to(torch.bfloat16).contiguous(), labels.contiguous()
+
+
 def linear_softmax(
     library: Library, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int, scale: float, cap: float, gradient: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics fp32 ``[4, tokens]`` over all valid rows but the label's, and the rows averaged under them: see `linear_softmax.Statistics`."""
+    hidden, weight, bias, labels = _dense(hidden, weight, bias, labels)
     tokens, width = hidden.shape
     head = _head(hidden, weight, bias, labels, valid, scale, cap, without_label=1)
     stats = hidden.new_empty(5, tokens, dtype=torch.float32)
@@ -54,6 +61,7 @@ def linear_softmax_grad_weight(
     library: Library, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor, valid: int, scale: float, cap: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias for the gradient p (a - b z) + g [row is the label] of a logit z; `factors`: log-sum-exp, a, b, g."""
+    hidden, weight, bias, labels = _dense(hidden, weight, bias, labels)
     lse, a, b, g = factors
     coefficients = torch.stack((g, a - b * lse, -b, torch.zeros_like(g)))
     chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
@@ -66,26 +74,3 @@ def linear_softmax_grad_weight(
     arguments = (lse.contiguous(), coefficients, scratch, chunk, None, grad_weight, dtype_of(weight), 0, None if bias is None else grad_bias, sums)
     library.call("mswift_head_gradient", hidden, head, *arguments)
     return grad_weight, grad_bias
-
-
-def hindrance(hidden: Tensor, weight: Tensor) -> str | None:
-    """Why the CUDA kernels do not take these tensors; None: they do."""
-    return missing() or (None if hidden.dtype == weight.dtype == torch.bfloat16 else f"no CUDA kernel for {hidden.dtype}")
-
-
-def register() -> None:
-    """Make these the kernels of the two operators for tensors on CUDA; their schemas have to exist."""
-
-    @torch.library.register_kernel("mswift::linear_softmax", "cuda")
-    def _(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int, scale: float, cap: float, gradient: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dense = (hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), labels.contiguous())
-        return linear_softmax(loaded(), *dense, valid, scale, cap, gradient)
-
-    @torch.library.register_kernel("mswift::linear_softmax_grad_weight", "cuda")
-    def _(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor, valid: int, scale: float, cap: float
-    ) -> tuple[Tensor, Tensor]:
-        dense = (hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), labels.contiguous())
-        return linear_softmax_grad_weight(loaded(), *dense, factors.contiguous(), valid, scale, cap)

@@ -32,32 +32,37 @@ def rms_norm_backward(
     return grad_x, grad_weight
 
 
-def gated(library: Library, gate_up: Tensor, kind: str, *, limit: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """``act(gate) * up`` of ``[rows, 2 * cols]``, gate first; `kind` is a key of `cuda_abi.ACTIVATIONS`."""
+def gated(library: Library, gate_up: Tensor, kind: int, shape: tuple[float, float, float, float]) -> Tensor:
+    """``act(gate) * up`` of ``[rows, 2 * cols]``, gate first; `kind` abi.SIGMOID or abi.ERF; `shape`: slope, cubic, limit, offset."""
     rows, cols = gate_up.shape[0], gate_up.shape[1] // 2
     out, gate = gate_up.new_empty(rows, cols), pointer(gate_up) or 0
-    sizes = (rows, cols, 2 * cols, limit, alpha)
-    library.call("mswift_gated_forward", gate_up, dtype_of(gate_up), abi.ACTIVATIONS[kind], gate, gate + cols * gate_up.element_size(), out, *sizes)
+    sizes = (rows, cols, 2 * cols)
+    library.call("mswift_gated_forward", gate_up, dtype_of(gate_up), kind, gate, gate + cols * gate_up.element_size(), out, *sizes, *shape)
     return out
 
 
-def gated_backward(library: Library, grad: Tensor, gate_up: Tensor, kind: str, *, limit: float = 0.0, alpha: float = 1.0) -> Tensor:
+def gated_backward(library: Library, grad: Tensor, gate_up: Tensor, kind: int, shape: tuple[float, float, float, float]) -> Tensor:
     """The gradient of both halves."""
     rows, cols = grad.shape
     out, width = torch.empty_like(gate_up), cols * gate_up.element_size()
     gate, into = pointer(gate_up) or 0, pointer(out) or 0
-    arguments = (dtype_of(grad), abi.ACTIVATIONS[kind], grad, gate, gate + width, into, into + width, rows, cols, 2 * cols, limit, alpha)
+    arguments = (dtype_of(grad), kind, grad, gate, gate + width, into, into + width, rows, cols, 2 * cols, *shape)
     library.call("mswift_gated_backward", grad, *arguments)
     return out
 
 
-def rope_(library: Library, x: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor | None, *, interleaved: bool = False, sign: int = 1) -> Tensor:
-    """Rotate ``[tokens, heads, dim]`` in place, a view of a wider tensor perhaps. cosine, sine: fp32 ``[positions, rotary / 2]``; sign -1: back."""
+def rope(
+    library: Library, x: Tensor, out: Tensor, table: tuple[Tensor, Tensor], positions: Tensor | None, *, repeat: int = 1, interleaved: bool, sign: int
+) -> Tensor:
+    """Rotate ``[tokens, heads, dim]``, a view of a wider tensor perhaps, into `out`, which may be `x` itself.
+
+    table: cosine and sine, fp32 ``[positions, rotary / 2]``. repeat: so many tokens share a position. sign: -1 turns back.
+    """
     tokens, heads, dim = x.shape
-    assert x.stride(2) == 1
-    where = (tokens, heads, dim, 2 * cosine.shape[1], x.stride(0), x.stride(1), int(interleaved), sign)
-    library.call("mswift_rope", x, dtype_of(x), x.data_ptr(), x.data_ptr(), cosine, sine, positions, *where)
-    return x
+    assert x.stride(2) == out.stride(2) == 1
+    where = (tokens, heads, dim, 2 * table[0].shape[1], repeat, x.stride(0), x.stride(1), out.stride(0), out.stride(1), int(interleaved), sign)
+    library.call("mswift_rope", x, dtype_of(x), x.data_ptr(), out.data_ptr(), *table, positions, *where)
+    return out
 
 
 def gather_rows(library: Library, x: Tensor, index: Tensor) -> Tensor:
@@ -88,4 +93,65 @@ def column_sum(library: Library, a: Tensor, b: Tensor | None = None) -> Tensor:
     rows, cols = a.shape
     partial, out = a.new_empty(abi.NORM_BLOCKS, cols, dtype=torch.float32), a.new_empty(cols, dtype=torch.float32)
     library.call("mswift_column_sum", a, dtype_of(a), a, b, partial, out, rows, cols, cols)
+    return out
+
+
+# ---- what the operators' schemas say --------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def _check_norm(x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise RuntimeError(f"rms_norm: weight must be [hidden] of x and of its dtype, got {list(weight.shape)} of {weight.dtype}")
+
+
+def norm(library: Library, x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor]:
+    _check_norm(x, weight)
+    y, _, rstd = rms_norm(library, _rows(x), None, weight.contiguous(), eps, zero_centred=zero_centred)
+    return y.view(x.shape), rstd.view(x.shape[:-1])
+
+
+def norm_backward(library: Library, grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool) -> Tensor:
+    _check_norm(x, weight)
+    rows, width = _rows(x), x.shape[-1]
+    grad_x = torch.empty_like(rows)
+    arguments = (_rows(grad), None, rows, weight.contiguous(), rstd.contiguous(), grad_x, None, None, len(rows), width, int(zero_centred))
+    library.call("mswift_rms_norm_backward", x, dtype_of(x), *arguments)
+    return grad_x.view(x.shape)
+
+
+def _check_gate(x: Tensor, limit: float) -> None:
+    if x.dim() < 1 or x.shape[-1] % 2:
+        raise RuntimeError(f"gated_activation: x must be [..., gate and up side by side], got {list(x.shape)}")
+    if not limit > 0:
+        raise RuntimeError(f"gated_activation: limit must be above 0, got {limit}")
+
+
+def gated_activation(library: Library, x: Tensor, slope: float, cubic: float, limit: float, offset: float) -> Tensor:
+    _check_gate(x, limit)
+    return gated(library, _rows(x), abi.SIGMOID, (slope, cubic, limit, offset)).view(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def gated_activation_backward(library: Library, grad: Tensor, x: Tensor, slope: float, cubic: float, limit: float, offset: float) -> Tensor:
+    _check_gate(x, limit)
+    return gated_backward(library, _rows(grad), _rows(x), abi.SIGMOID, (slope, cubic, limit, offset)).view(x.shape)
+
+
+def rotate(library: Library, x: Tensor, table: Tensor, interleaved: bool, back: bool) -> Tensor:
+    if x.dim() != 4:
+        raise RuntimeError(f"rotate: x must be [s, b, heads, columns], got {list(x.shape)}")
+    if table.dim() != 3 or table.shape[:2] != (2, x.shape[0]) or table.dtype != torch.float32 or 2 * table.shape[2] > x.shape[3]:
+        raise RuntimeError(f"rotate: table must be float32 [2, s, half of the rotated columns], got {list(table.shape)}")
+    length, batch, heads, width = x.shape
+    if x.stride(3) != 1 or (length > 1 and batch > 1 and x.stride(0) != batch * x.stride(1)):
+        x = x.contiguous()
+    out = x.new_empty(x.shape)
+    if out.numel():
+        stride = x.stride(1) if batch > 1 else x.stride(0)
+        flat = x.as_strided((length * batch, heads, width), (stride, x.stride(2), 1))
+        cosine, sine = table.contiguous()
+        rope(library, flat, out.view(flat.shape), (cosine, sine), None, repeat=batch, interleaved=interleaved, sign=-1 if back else 1)
     return out

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mswift.kernels import choice, extension
+from mswift.kernels import choice, cuda, cuda_operators, extension
 
 
-def _fits(x: Tensor, *_: Tensor) -> str | None:
+def _fits(x: Tensor, *others: Tensor) -> str | None:
+    if x.device.type == "cuda":
+        return cuda.hindrance(x, *others)
     if x.device.type != "cpu":
-        return "written for the CPU"
+        return f"no kernel for {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return "takes float32 and bfloat16"
     return None if extension.isa_at_least("avx2") else "needs avx2"
@@ -34,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = Fals
     Args:
         x: ``[..., hidden]``. weight: ``[hidden]``; `zero_centred`: one is added to it.
     """
-    if choice.compiled("rms_norm", x):
+    if choice.compiled("rms_norm", x, weight):
         return torch.ops.mswift.rms_norm(x, weight, eps, zero_centred)[0]
     if zero_centred:  # 1 + weight does not fit into bf16
         return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), eps).to(x.dtype)

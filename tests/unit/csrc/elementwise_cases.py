@@ -63,29 +63,38 @@ def many_rows(emulator: Emulator, random: np.random.Generator) -> None:
     close(dweight, (wide(dy) * normal).sum(0), 5e-6)
 
 
-def activation(kind: int, gate: np.ndarray, up: np.ndarray, limit: float, alpha: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+GATES = {
+    "silu": (abi.SIGMOID, 1.0, 0.0, float("inf"), 0.0),
+    "gelu_tanh": (abi.SIGMOID, 2 * sqrt(2 / pi), 0.044715, float("inf"), 0.0),
+    "gelu": (abi.ERF, 0.0, 0.0, float("inf"), 0.0),
+    "clamped": (abi.SIGMOID, 1.702, 0.0, 1.5, 1.0),
+}
+
+
+def activation(name: str, gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Value, d/dgate and d/dup."""
     factor, up_slope = up, np.ones_like(up)
-    if kind == 0:
+    if name == "silu":
         s = 1 / (1 + np.exp(-gate))
         value, slope = gate * s, s + gate * s * (1 - s)
-    elif kind == 1:
+    elif name == "gelu_tanh":
         t = np.tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3))
         value, slope = 0.5 * gate * (1 + t), 0.5 * (1 + t) + 0.5 * gate * (1 - t**2) * sqrt(2 / pi) * (1 + 3 * 0.044715 * gate**2)
-    elif kind == 2:
+    elif name == "gelu":
         share = 0.5 * (1 + np.vectorize(erf)(gate / sqrt(2)))
         value, slope = gate * share, share + gate * np.exp(-(gate**2) / 2) / sqrt(2 * pi)
     else:
+        _, alpha, _, limit, offset = GATES[name]
         c = np.minimum(gate, limit)
         s = 1 / (1 + np.exp(-alpha * c))
         value, slope = c * s, (s + alpha * c * s * (1 - s)) * (gate <= limit)
-        factor, up_slope = np.clip(up, -limit, limit) + 1, (np.abs(up) <= limit).astype(np.float64)
+        factor, up_slope = np.clip(up, -limit, limit) + offset, (np.abs(up) <= limit).astype(np.float64)
     return value * factor, slope * factor, value * up_slope
 
 
 def gated(emulator: Emulator, random: np.random.Generator) -> None:
-    for dtype, kind, cols in product((0, 1), range(4), (40, 37)):
-        rows, limit, alpha = 5, 1.5, 1.702
+    for dtype, (name, (kind, *shape)), cols in product((0, 1), GATES.items(), (40, 37)):
+        rows = 5
         both, dy, grads = (
             stored(2 * random.normal(size=(rows, 2 * cols)), dtype),
             stored(random.normal(size=(rows, cols)), dtype),
@@ -95,12 +104,16 @@ def gated(emulator: Emulator, random: np.random.Generator) -> None:
         at, width = both.__array_interface__["data"][0], cols * both.itemsize
         into = grads.__array_interface__["data"][0]
         # gate and up are the halves of one tensor: pointers into it, a stride of two widths
-        emulator.call("mswift_gated_forward", dtype, kind, both, at + width, y, rows, cols, 2 * cols, limit, alpha, out=(y,))
-        arguments = (dtype, kind, dy, both, at + width, grads, into + width, rows, cols, 2 * cols, limit, alpha)
-        emulator.call("mswift_gated_backward", *arguments, out=(grads,))
-        value, of_gate, of_up = activation(kind, wide(both[:, :cols]), wide(both[:, cols:]), limit, alpha)
+        emulator.call("mswift_gated_forward", dtype, kind, both, at + width, y, rows, cols, 2 * cols, *shape, out=(y,))
+        emulator.call(
+            "mswift_gated_backward", dtype, kind, dy, both, at + width, grads, into + width, rows, cols, 2 * cols, *shape, out=(grads,)
+        )
+        value, of_gate, of_up = activation(name, wide(both[:, :cols]), wide(both[:, cols:]))
         close(y, value, 3e-6)
         close(grads, np.concatenate((wide(dy) * of_gate, wide(dy) * of_up), 1), 3e-6)
+    lost, y = np.full((1, 2), np.nan, dtype=np.float32), unwritten(1, 1)
+    emulator.call("mswift_gated_forward", 0, *(abi.SIGMOID, lost, lost[:, 1:], y, 1, 1, 2), *GATES["clamped"][1:], out=(y,))
+    assert np.isnan(y).all(), "what is not a number stays so"
 
 
 def rope(emulator: Emulator, random: np.random.Generator) -> None:
@@ -114,7 +127,7 @@ def rope(emulator: Emulator, random: np.random.Generator) -> None:
         for sign in (1, -1):
             source = x.copy()
             out = source if in_place else empty(dtype, tokens, stride)
-            where = (tokens, heads, dim, rotary, stride, dim, interleaved, sign)
+            where = (tokens, heads, dim, rotary, 1, stride, dim, stride, dim, interleaved, sign)
             emulator.call("mswift_rope", dtype, source, out, cosine, sine, position, *where, out=(out,))
             whole = wide(x)[:, : heads * dim].reshape(tokens, heads, dim)
             c, s = wide(cosine)[position][:, None], sign * wide(sine)[position][:, None]
@@ -125,6 +138,16 @@ def rope(emulator: Emulator, random: np.random.Generator) -> None:
             close(out[:, : heads * dim].reshape(tokens, heads, dim), want, 1e-6)
             rest = out[:, heads * dim :]
             assert (rest == x[:, heads * dim :]).all() if in_place else (rest.view(np.uint8) == 0xFF).all(), "what lies behind is not touched"
+            if in_place:
+                continue
+            # two tokens share a position, out of a fused tensor into a dense one
+            dense = empty(dtype, tokens, heads, dim)
+            shared = (tokens, heads, dim, rotary, 2, stride, dim, heads * dim, dim, interleaved, sign)
+            emulator.call("mswift_rope", dtype, source, dense, cosine, sine, None, *shared, out=(dense,))
+            c, s = wide(cosine)[np.arange(tokens) // 2][:, None], sign * wide(sine)[np.arange(tokens) // 2][:, None]
+            want[..., first] = whole[..., first] * c - whole[..., second] * s
+            want[..., second] = whole[..., second] * c + whole[..., first] * s
+            close(dense, want, 1e-6)
 
 
 def permute(emulator: Emulator, random: np.random.Generator) -> None:

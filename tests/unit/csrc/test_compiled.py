@@ -17,7 +17,7 @@ import pytest
 from mswift.kernels import cuda_abi as abi
 from tests.unit.csrc.emulator import ROOT
 
-cuda = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))
+cuda = runpy.run_path(str(ROOT / "mswift" / "kernels" / "cuda_build.py"))
 needs_nvcc = pytest.mark.skipif(cuda["find_nvcc"]() is None, reason="no nvcc: the CUDA kernels cannot be compiled here")
 
 TENSOR_CORES = ("linear", "outer", "head_tiles")
@@ -73,7 +73,7 @@ def library() -> Path:
     """That of the installed package if it was made from these sources, else a new one."""
     for folder in (ROOT / "mswift" / "kernels" / "lib", ROOT / ".cache" / f"cuda-{cuda['digest']()[:16]}"):
         mark = folder / cuda["DIGEST"]
-        if mark.is_file() and mark.read_text(encoding="utf8") == cuda["digest"]():
+        if mark.is_file() and mark.read_text(encoding="utf8").split() == [cuda["digest"](), *cuda["architectures"](cuda["find_nvcc"]())]:
             return folder / cuda["LIBRARY"]
     return cuda["build"](cuda["find_nvcc"](), folder)
 
@@ -117,7 +117,7 @@ def test_the_library_reports_errors_where_there_is_no_device(library: Path) -> N
     code = functions["mswift_rms_norm_forward"](0, None, None, None, None, None, None, 2**40, 2**30, 1e-6, 0, None)
     assert code not in (0, abi.UNSUPPORTED)
     assert loaded.mswift_cuda_error(code).decode().strip()
-    assert functions["mswift_rope"](0, None, None, None, None, None, 1, 1, 8, 7, 8, 8, 0, 1, None) == abi.UNSUPPORTED
+    assert functions["mswift_rope"](0, None, None, None, None, None, 1, 1, 8, 7, 1, 8, 8, 8, 8, 0, 1, None) == abi.UNSUPPORTED
     assert b"does not do" in loaded.mswift_cuda_error(abi.UNSUPPORTED)
 
 

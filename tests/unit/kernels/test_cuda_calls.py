@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 
 import pytest
 import torch
 
-from mswift.kernels import cuda, cuda_head, cuda_rows, extension, linear_softmax
+from mswift.kernels import cuda, cuda_head, cuda_rows, linear_softmax
 from tests.gpu.checks import CHECKS
-from tests.unit.csrc.emulator import build
+from tests.unit.kernels.emulated import Emulated
 
 
 @pytest.fixture(scope="module")
 def library() -> cuda.Library:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++: the execution model cannot be compiled")
-    emulated = ctypes.CDLL(str(build()))
-    emulated.emu_configure(ctypes.c_uint(0), ctypes.c_int(0))
-    emulated.emu_forget()
-    return cuda.Library(emulated, lambda device: None)
+    return Emulated()
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -46,19 +40,11 @@ def test_the_head_says_what_the_reference_says(library: cuda.Library) -> None:
 def test_a_failed_launch_is_an_error_with_its_reason(library: cuda.Library) -> None:
     x = torch.zeros(2, 1, 6)
     with pytest.raises(RuntimeError, match=r"mswift_rope on cpu: .* \(code -1\)"):
-        library.call("mswift_rope", x, 0, x, x, x, x, None, 2, 1, 6, 8, 6, 6, 0, 1)
+        library.call("mswift_rope", x, 0, x, x, x, x, None, 2, 1, 6, 8, 1, 6, 6, 6, 6, 0, 1)
     with pytest.raises(AssertionError, match="dense"):
         cuda_rows.gather_rows(library, torch.zeros(4, 6).t(), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ctypes.ArgumentError):
         library.call("mswift_gather_rows", x, 0, x, x, x, 0.5, 6)
-
-
-@pytest.mark.skipif(not extension.available(), reason="the operators are not built")
-def test_the_head_is_registered_for_cuda() -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("mswift::linear_softmax", "CUDA")
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("mswift::linear_softmax_grad_weight", "CUDA")
-    fp32 = torch.zeros(2, 8)
-    assert cuda_head.hindrance(fp32, fp32) is not None
 
 
 def test_the_library_is_left_alone_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

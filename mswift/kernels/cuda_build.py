@@ -1,6 +1,6 @@
-"""Compiles csrc/cuda with nvcc into one library without torch, for several architectures at once. Used by setup.py and by the tests.
+"""Compiles csrc/cuda with nvcc into one library without torch, for several architectures at once. No torch here: setup.py runs it, and so do the tests.
 
-By itself: python csrc/cuda/build.py FOLDER    writes FOLDER/libmswift_cuda.so and FOLDER/ptxas.txt, what ptxas says of every kernel
+By itself: python mswift/kernels/cuda_build.py FOLDER    writes FOLDER/libmswift_cuda.so and FOLDER/ptxas.txt, what ptxas says of every kernel
 
 MSWIFT_CUDA_ARCHS, by default "80 90 100", chooses architectures; code for the last of them also goes in as PTX, for later devices.
 """
@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parent
+SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda"  # of a source tree; an installed package has none
 LIBRARY, REPORT, DIGEST = "libmswift_cuda.so", "ptxas.txt", "sources.txt"
 DEFAULT_ARCHITECTURES = "80 90 100"
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=default", "-Xptxas", "-v", "--ptxas-options=-warn-spills")
@@ -42,10 +42,18 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def digest() -> str:
-    """Of everything that the library is made of."""
-    files = sorted(path for path in (*SOURCE.iterdir(), *SOURCE.parent.joinpath("common").iterdir()) if path.suffix in (".cu", ".cuh", ".h", ".py"))
-    text = "".join(path.name + path.read_text(encoding="utf8") for path in files) + os.environ.get("MSWIFT_CUDA_ARCHS", DEFAULT_ARCHITECTURES)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Of the sources that the library is made of."""
+    files = sorted(path for path in (*SOURCE.iterdir(), *SOURCE.parent.joinpath("common").iterdir()) if path.suffix in (".cu", ".cuh", ".h"))
+    return hashlib.sha256("".join(path.name + path.read_text(encoding="utf8") for path in files).encode()).hexdigest()
+
+
+def stale(folder: Path) -> str | None:
+    """Why the library in `folder` does not belong to the sources beside this package; None: it does, or there are none to compare."""
+    mark = folder / DIGEST
+    if not SOURCE.is_dir() or not (folder / LIBRARY).is_file():
+        return None
+    same = mark.is_file() and mark.read_text(encoding="utf8").split()[:1] == [digest()]
+    return None if same else "the compiled CUDA kernels are from another version of the sources; run make setup"
 
 
 def build(nvcc: str, folder: Path) -> Path:
@@ -79,7 +87,7 @@ def build(nvcc: str, folder: Path) -> Path:
         for path in objects:
             path.unlink(missing_ok=True)
     (folder / REPORT).write_text(report, encoding="utf8")
-    (folder / DIGEST).write_text(digest(), encoding="utf8")
+    (folder / DIGEST).write_text(f"{digest()} {' '.join(chosen)}\n", encoding="utf8")
     return folder / LIBRARY
 
 

@@ -1,0 +1,148 @@
+"""Operators whose kernels are those of csrc/cuda: dispatch, autograd and checks as on a device, the kernels on the execution model of csrc/emu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from mswift.kernels import choice, cuda, cuda_operators, extension
+from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, gated_activation, rms_norm, rotate
+from mswift.kernels.linear_log_probs import linear_log_probs
+from tests.unit.kernels.emulated import Emulated, on_cpu, relative
+
+pytestmark = pytest.mark.skipif(not extension.isa_at_least("avx2"), reason="the operators are not built, or their faces would not take them here")
+BF16 = torch.bfloat16
+LIMITS = {torch.float32: 3e-6, BF16: 4e-3}
+
+
+@pytest.fixture(scope="module")
+def library() -> Emulated:
+    return Emulated()
+
+
+@pytest.fixture
+def emulated(library: Emulated) -> Iterator[Emulated]:
+    before = choice.selected()
+    choice.select("auto")
+    with on_cpu(library):
+        yield library
+    choice.select(before)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def table_of(tokens: int, half: int) -> Tensor:
+    angles = draw(tokens, half, seed=5)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def both(function: Callable[..., Tensor], inputs: list[Tensor], library: Emulated, kernels: int, limit: float) -> None:
+    """Values and gradients of the kernels beside those of the reference, and that the kernels are what ran."""
+    inputs = [part.detach().requires_grad_() for part in inputs]
+    found = {}
+    for setting in ("auto", "reference"):
+        before = library.launches()
+        choice.select(setting)
+        out = function(*inputs)
+        pull = draw(*out.shape, seed=9, dtype=out.dtype)
+        found[setting] = (out.detach(), *torch.autograd.grad(out, inputs, pull))
+        assert library.launches() - before == (kernels if setting == "auto" else 0)
+    for mine, other in zip(found["auto"], found["reference"], strict=True):
+        assert mine.dtype == other.dtype
+        assert mine.shape == other.shape
+        assert relative(mine, other) < limit
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_norms_gates_and_rotations(emulated: Emulated, dtype: torch.dtype) -> None:
+    x, weight = draw(3, 2, 24, dtype=dtype), draw(24, seed=1, dtype=dtype)
+    for zero_centred in (False, True):
+        both(partial(rms_norm, eps=1e-3, zero_centred=zero_centred), [x, weight], emulated, 2, LIMITS[dtype])
+    both(lambda x, w: rms_norm(x.transpose(0, 1), w, 1e-3), [x, weight], emulated, 2, LIMITS[dtype])
+    for gate in (SILU, GELU_TANH, Gate(slope=1.702, limit=1.0, offset=1.0)):
+        both(partial(gated_activation, gate=gate), [2 * x], emulated, 2, LIMITS[dtype])
+    fused = draw(5, 2, 3, 40, dtype=dtype)  # queries straight out of a fused projection, of a batch of two
+    for interleaved, half in ((False, 8), (True, 3)):
+        table = table_of(5, half)
+        both(lambda q: rotate(q[..., 8:32], table, interleaved=interleaved), [fused], emulated, 2, LIMITS[dtype])  # noqa: B023
+        both(lambda q: rotate(q.transpose(0, 1)[:, :, 1:], table[:, :2], interleaved=interleaved), [fused], emulated, 2, LIMITS[dtype])  # noqa: B023
+
+
+def test_the_head(emulated: Emulated) -> None:
+    """Forward, and gradients of hidden states, weight and bias; the entropy's too."""
+    hidden, weight, bias = draw(7, 32, dtype=BF16), draw(150, 32, seed=1, dtype=BF16), draw(150, seed=2, dtype=BF16)
+    labels = torch.tensor([3, -100, 120, 0, 77, 139, 128])
+    common = {"bias": bias, "vocab_size": 140, "logit_scale": 0.9, "softcap": 6.0}
+
+    def value(hidden: Tensor, weight: Tensor) -> Tensor:
+        scores = linear_log_probs(hidden, weight, labels, entropy_grad=True, **common)
+        return scores.log_probs + 0.3 * scores.entropy + 0.1 * scores.lse
+
+    inputs = [part.requires_grad_() for part in (hidden, weight)]
+    before = emulated.launches()
+    mine = value(*inputs)
+    grads = torch.autograd.grad(mine.sum(), inputs)
+    assert emulated.launches() > before
+    choice.select("reference")
+    exact = [part.detach().double().requires_grad_() for part in inputs]
+    z = 0.9 * (exact[0] @ exact[1].T + bias.double())[:, :140]
+    z = 6.0 * torch.tanh(z / 6.0)
+    log_p = z.log_softmax(-1)
+    scored = labels >= 0
+    wanted = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0] - 0.3 * (log_p.exp() * log_p).sum(-1) + 0.1 * z.logsumexp(-1)
+    wanted = wanted * scored
+    assert relative(mine, wanted) < 1e-5
+    for grad, other, reference in zip(grads, torch.autograd.grad(wanted.sum(), exact), torch.autograd.grad(value(*inputs).sum(), inputs)):
+        assert relative(grad, other) < 1e-2
+        assert relative(grad, other) < max(1.5 * relative(reference, other), 4e-3)
+
+
+def test_what_kernels_do_not_take_is_refused_by_name(emulated: Emulated) -> None:
+    x = draw(3, 1, 2, 8)
+    ops = torch.ops.mswift
+    for call, message in (
+        (lambda: ops.rms_norm(x, x[0, 0, 0, :4], 1e-5, False), "weight must be"),
+        (lambda: ops.rms_norm(x, x[0, 0, 0].to(BF16), 1e-5, False), "of its dtype"),
+        (lambda: ops.gated_activation(x[..., :3], 1.0, 0.0, 1.0, 0.0), "gate and up side by side"),
+        (lambda: ops.gated_activation(x, 1.0, 0.0, -1.0, 0.0), "limit must be above 0"),
+        (lambda: ops.rotate(x, table_of(2, 4), False, False), "table must be"),
+        (lambda: ops.rotate(x[0], table_of(1, 4), False, False), "x must be"),
+        (lambda: ops.linear_softmax(x[0, 0], x[0, 0], None, torch.zeros(2, dtype=torch.int64), 2, 1.0, 0.0, 0), "bfloat16"),
+        (
+            lambda: cuda_operators._run("norm", cuda_operators.KERNELS["rms_norm"], lambda: emulated, x, x.to("meta"), 1e-5, False),
+            r"norm: got tensors on several devices \(\(3, 1, 2, 8\) on cpu, \(3, 1, 2, 8\) on meta\)",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def test_empty_tensors(emulated: Emulated) -> None:
+    empty = torch.zeros(0, 2, 4, requires_grad=True)
+    assert torch.autograd.grad(gated_activation(rms_norm(empty, torch.ones(4), 1e-6)).sum(), empty)[0].shape == empty.shape
+    assert rotate(torch.zeros(0, 1, 2, 16), torch.zeros(2, 0, 8), interleaved=False).shape == (0, 1, 2, 16)
+    assert rms_norm(torch.zeros(2, 0), torch.zeros(0), 1e-6).shape == (2, 0)
+    none = linear_log_probs(torch.zeros(2, 8, dtype=BF16), torch.zeros(9, 8, dtype=BF16), torch.full((2,), -100))
+    assert none.log_probs.tolist() == [0.0, 0.0]
+
+
+def test_faces_say_why_a_kernel_does_not_run() -> None:
+    single, half, double = (torch.zeros(2, 8, dtype=dtype) for dtype in (torch.float32, BF16, torch.float64))
+    assert cuda.hindrance(double) == "the CUDA kernel takes float32 or bfloat16, got float64"
+    assert cuda.hindrance(half, single) == "the CUDA kernel takes float32 or bfloat16, got bfloat16 and float32"
+    assert cuda.hindrance(single, dtypes=(BF16,)) == "the CUDA kernel takes bfloat16, got float32"
+    assert cuda.hindrance(half, half) == cuda.missing()
+
+
+def test_every_kernel_is_registered_for_devices_and_takes_what_its_schema_says() -> None:
+    for name in cuda_operators.KERNELS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mswift::{name}", "CUDA")
+        schema = torch._C._jit_get_schemas_for_operator(f"mswift::{name}")[0]
+        kernel = cuda_operators.KERNELS[name]
+        assert list(kernel.__code__.co_varnames[: kernel.__code__.co_argcount])[1:] == [argument.name for argument in schema.arguments], name
