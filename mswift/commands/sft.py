@@ -217,7 +217,7 @@ def _announce(
     logger.info("layout: %s on %s", engine.groups.layout.describe(), engine.device.type)
     if model.padded_heads:
         logger.info("layout: %s", model.padded_heads)
-    logger.info("kernels: %s", choice.announcement())
+    logger.info("kernels: %s", choice.announcement(engine.device.type))
     for line in data.said:
         logger.info("%s", line)
     if data.report.num_dropped:

@@ -11,36 +11,38 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mswift.config.fields import nearest
 from mswift.errors import ConfigError
-from mswift.kernels import extension
+from mswift.kernels import cuda, extension
 
 AUTO, REFERENCE = "auto", "reference"
 
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """`fits`: None where the kernel can take these tensors, else why not. `wins`: part of ``auto``."""
+    """`fits`: None where the kernel can take these tensors, else why not. `wins`: part of ``auto``. `on_cuda`: has a kernel for devices too."""
 
     name: str
     summary: str
     fits: Callable[..., str | None]
     wins: bool
+    on_cuda: bool
 
 
 _operators: dict[str, Operator] = {}
 _chosen: frozenset[str] | None = None  # None: auto
 
 
-def register(name: str, summary: str, fits: Callable[..., str | None], *, wins: bool = True) -> None:
+def register(name: str, summary: str, fits: Callable[..., str | None], *, wins: bool = True, on_cuda: bool = False) -> None:
     """Make an operator known; `fits` gets the tensors of a call (the first one decides the device)."""
-    _operators[name] = Operator(name, summary, fits, wins)
+    _operators[name] = Operator(name, summary, fits, wins, on_cuda)
 
 
 def select(setting: str | Iterable[str]) -> None:
     """What ``--kernels`` says: ``auto``, ``reference``, or names of operators (with commas between them) to run compiled.
 
     Raises:
-        ConfigError: a name that no operator has.
+        ConfigError: a name that no operator has, or kernels asked for by name where there are none.
     """
     global _chosen
     names = [part.strip() for part in setting.split(",")] if isinstance(setting, str) else list(setting)
@@ -50,7 +52,13 @@ def select(setting: str | Iterable[str]) -> None:
     chosen = frozenset() if names == [REFERENCE] else frozenset(names)
     unknown = sorted(chosen - _operators.keys())
     if unknown:
-        raise ConfigError(f"--kernels: got {', '.join(unknown)}; wanted auto, reference, or some of {', '.join(sorted(_operators))}")
+        likely = nearest(unknown[0], [AUTO, REFERENCE, *sorted(_operators)])
+        meant = f" (did you mean {likely}?)" if likely else ""
+        raise ConfigError(f"--kernels: got {', '.join(unknown)}{meant}; wanted auto, reference, or some of {', '.join(sorted(_operators))}")
+    if chosen and extension.missing() is not None:
+        raise ConfigError(
+            f"--kernels {','.join(sorted(chosen))}: no compiled kernel can run here ({extension.missing()}); --kernels auto runs what can"
+        )
     _chosen = chosen
 
 
@@ -83,9 +91,11 @@ def table() -> list[tuple[str, str, str]]:
     return rows
 
 
-def announcement() -> str:
-    """One line on what is in use: the operators that run compiled, and for which instructions."""
-    names = [name for name, state, _ in table() if state == "compiled"]
-    if not names:
-        return f"plain torch ({extension.missing() or '--kernels ' + selected()})"
-    return f"{', '.join(names)} compiled ({extension.isa()}), the rest plain torch"
+def announcement(device: str = "cpu") -> str:
+    """One line on what is in use on a device: the operators that run compiled, and for which instructions."""
+    on_cuda = device == "cuda"
+    names = [name for name, state, _ in table() if state == "compiled" and (not on_cuda or _operators[name].on_cuda)]
+    reason = extension.missing() or (cuda.missing() if on_cuda else None)
+    if reason or not names:
+        return f"plain torch ({reason or '--kernels ' + selected()})"
+    return f"{', '.join(names)} compiled ({'CUDA' if on_cuda else extension.isa()}), the rest plain torch"

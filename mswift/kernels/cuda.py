@@ -21,6 +21,9 @@ from torch import Tensor
 
 from mswift.kernels import cuda_abi as abi
 from mswift.kernels import cuda_build
+from mswift.log import get_logger
+
+logger = get_logger(__name__)
 
 _FOLDER = Path(__file__).resolve().parent / "lib"
 
@@ -60,24 +63,22 @@ def _stale() -> str | None:
     return cuda_build.stale(_FOLDER)
 
 
+@functools.cache
+def _tell(reason: str) -> str:
+    logger.warning("the CUDA kernels are not in use (%s); plain torch is, which is slower and gives the same results", reason)
+    return reason
+
+
 def missing() -> str | None:
-    """Why the CUDA kernels cannot be used here; None: they can."""
+    """Why the CUDA kernels cannot be used here; None: they can. What somebody may want to mend is told once."""
     if os.environ.get("MSWIFT_CUDA") == "0":
         return "MSWIFT_CUDA=0"
     if not torch.cuda.is_available():
         return "no CUDA device"
     if not (_FOLDER / cuda_build.LIBRARY).is_file():
-        return "the CUDA kernels were not built: install with nvcc on PATH or CUDA_HOME set"
-    return _stale()
-
-
-def hindrance(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> str | None:
-    """Why the kernels do not take these tensors, all of one dtype; None: they do."""
-    first = tensors[0].dtype
-    if first not in dtypes or any(tensor.dtype != first for tensor in tensors):
-        found = " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
-        return f"the CUDA kernel takes {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {found}"
-    return missing()
+        return _tell("they were not built: install with nvcc on PATH or CUDA_HOME set")
+    reason = _stale()
+    return _tell(reason) if reason else None
 
 
 @contextlib.contextmanager

@@ -82,10 +82,17 @@ SIGNATURES = {
 
 
 def functions(library: ctypes.CDLL) -> dict[str, Callable[..., int]]:
-    """The library's functions with their argument types told to ctypes: a wrong number or kind of arguments is an error and no crash."""
+    """The library's functions with their argument types told to ctypes: a wrong number or kind of arguments is an error and no crash.
+
+    Raises:
+        RuntimeError: it lacks one.
+    """
     found: dict[str, Callable[..., int]] = {}
     for name, letters in SIGNATURES.items():
-        function: Any = library[name]
+        try:
+            function: Any = library[name]
+        except AttributeError as error:
+            raise RuntimeError(f"{library._name}: no {name} in it: the compiled kernels are from another version; install mswift again") from error
         function.argtypes = [_TYPES[letter] for letter in letters]
         function.restype = c_int
         found[name] = function

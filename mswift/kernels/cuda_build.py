@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda with nvcc into one library without torch, for several architectures at once. No torch here: setup.py runs it, and so do the tests.
+"""Compiles csrc/cuda with nvcc into one library without torch, for several architectures at once; setup.py and the tests run it.
 
 By itself: python mswift/kernels/cuda_build.py FOLDER    writes FOLDER/libmswift_cuda.so and FOLDER/ptxas.txt, what ptxas says of every kernel
 
@@ -53,7 +53,7 @@ def stale(folder: Path) -> str | None:
     if not SOURCE.is_dir() or not (folder / LIBRARY).is_file():
         return None
     same = mark.is_file() and mark.read_text(encoding="utf8").split()[:1] == [digest()]
-    return None if same else "the compiled CUDA kernels are from another version of the sources; run make setup"
+    return None if same else "they are from another version of the sources; run make setup"
 
 
 def build(nvcc: str, folder: Path) -> Path:

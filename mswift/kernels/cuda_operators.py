@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mswift.kernels import cuda_head, cuda_rows, extension
-from mswift.kernels.cuda import Library, library
+from mswift.kernels.cuda import Library, library, missing
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "linear_softmax": cuda_head.linear_softmax,
@@ -22,6 +22,15 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "rotate": cuda_rows.rotate,
 }
 """Name of an operator -> its function, called with the library and with what the schema says."""
+
+
+def hindrance(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> str | None:
+    """Why the kernels do not take these tensors, all of one dtype; None: they do."""
+    first = tensors[0].dtype
+    if first not in dtypes or any(tensor.dtype != first for tensor in tensors):
+        found = " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+        return f"the CUDA kernel takes {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {found}"
+    return missing()
 
 
 def _run(name: str, kernel: Callable[..., Any], provide: Callable[[], Library], *arguments: Any) -> Any:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mswift.kernels import choice, cuda, cuda_operators, extension
+from mswift.kernels import choice, cuda_operators, extension
 
 
 def _fits(x: Tensor, *others: Tensor) -> str | None:
     if x.device.type == "cuda":
-        return cuda.hindrance(x, *others)
+        return cuda_operators.hindrance(x, *others)
     if x.device.type != "cpu":
         return f"no kernel for {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -25,9 +25,9 @@ def _fits(x: Tensor, *others: Tensor) -> str | None:
     return None if extension.isa_at_least("avx2") else "needs avx2"
 
 
-choice.register("rms_norm", "root-mean-square norm in one pass", _fits)
-choice.register("gated_activation", "silu, gelu (tanh) or a clamped gate, times the other half, in one pass", _fits)
-choice.register("rotate", "rotary positions in one pass", _fits)
+choice.register("rms_norm", "root-mean-square norm in one pass", _fits, on_cuda=True)
+choice.register("gated_activation", "silu, gelu (tanh) or a clamped gate, times the other half, in one pass", _fits, on_cuda=True)
+choice.register("rotate", "rotary positions in one pass", _fits, on_cuda=True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = False) -> Tensor:

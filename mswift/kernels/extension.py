@@ -5,6 +5,7 @@ Loading is by path and needs no Python API of the extension, so that a CUDA libr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,18 @@ from mswift.log import get_logger
 _FOLDER = Path(__file__).resolve().parent / "lib"  # no package: what is in it is not imported
 _LIBRARY = _FOLDER / "libmswift_cpu.so"
 _NOTE = _FOLDER / "build.txt"
+_SCHEMAS = _FOLDER.parents[2] / "csrc" / "ops.cpp"  # of a source tree; an installed package has none
 
 LEVELS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
 
 logger = get_logger(__name__)
+
+
+def _changed(source: str) -> list[str]:
+    """The operators of these definitions that the loaded library does not have, or has with other arguments."""
+    parts = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)', source)
+    schemas = [torch._C.parse_schema("mswift::" + "".join(re.findall(r'"([^"]*)"', part))) for part in parts]
+    return [schema.name for schema in schemas if schema not in torch._C._jit_get_schemas_for_operator(schema.name)]
 
 
 def _load() -> str | None:
@@ -32,7 +41,8 @@ def _load() -> str | None:
     built = torch.ops.mswift.built_for()
     if built.split(".")[:2] != torch.__version__.split(".")[:2]:
         return f"built for torch {built}, and this is {torch.__version__}; install mswift again"
-    return None
+    changed = _changed(_SCHEMAS.read_text(encoding="utf8")) if _SCHEMAS.is_file() else []
+    return f"they are from another version of the sources, which differ in {', '.join(changed)}; run make setup" if changed else None
 
 
 _REASON = _load()

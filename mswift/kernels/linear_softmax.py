@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, cuda, cuda_operators, extension
+from mswift.kernels import choice, cuda_operators, extension
 from mswift.runtime.precision import widen
 
 NAME = "linear_cross_entropy"
@@ -52,7 +52,7 @@ def _named(stats: Tensor, mean: Tensor, mean2: Tensor) -> Statistics:
 
 def _fits(hidden: Tensor, weight: Tensor) -> str | None:
     if hidden.device.type == "cuda":
-        return cuda.hindrance(hidden, weight, dtypes=(torch.bfloat16,))
+        return cuda_operators.hindrance(hidden, weight, dtypes=(torch.bfloat16,))
     if hidden.device.type != "cpu":
         return None if hidden.device.type == "meta" else f"no kernel for {hidden.device.type} yet"
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16):
@@ -65,7 +65,7 @@ def _fits(hidden: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-choice.register(NAME, "loss of a linear head without its logits", _fits)
+choice.register(NAME, "loss of a linear head without its logits", _fits, on_cuda=True)
 
 
 # ---- plain torch ---------------------------------------------------------------------------------------------------------------------
@@ -168,6 +168,7 @@ def weight_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels:
 
 
 if extension.available():
+
     @torch.library.register_fake("mswift::linear_softmax")
     def _(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int, scale: float, cap: float, gradient: int

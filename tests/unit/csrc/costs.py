@@ -77,9 +77,7 @@ def element_wise(meter: Meter) -> Iterator[Cost]:
     rows, cols = 256, 512
     gate, up, y = half(rows, cols), half(rows, cols), empty(rows, cols)
     size, silu = f"{rows} x {cols}", (1.0, 0.0, float("inf"), 0.0)
-    yield meter.cost(
-        "swiglu", size, lambda e: e.call("mswift_gated_forward", 1, 0, gate, up, y, rows, cols, cols, *silu, out=(y,)), 6 * rows * cols
-    )
+    yield meter.cost("swiglu", size, lambda e: e.call("mswift_gated_forward", 1, 0, gate, up, y, rows, cols, cols, *silu, out=(y,)), 6 * rows * cols)
     dgate, dup = empty(rows, cols), empty(rows, cols)
     arguments = ("mswift_gated_backward", 1, 0, y, gate, up, dgate, dup, rows, cols, cols, *silu)
     yield meter.cost("its gradients", size, lambda e: e.call(*arguments, out=(dgate, dup)), 10 * rows * cols)

@@ -105,9 +105,7 @@ def gated(emulator: Emulator, random: np.random.Generator) -> None:
         into = grads.__array_interface__["data"][0]
         # gate and up are the halves of one tensor: pointers into it, a stride of two widths
         emulator.call("mswift_gated_forward", dtype, kind, both, at + width, y, rows, cols, 2 * cols, *shape, out=(y,))
-        emulator.call(
-            "mswift_gated_backward", dtype, kind, dy, both, at + width, grads, into + width, rows, cols, 2 * cols, *shape, out=(grads,)
-        )
+        emulator.call("mswift_gated_backward", dtype, kind, dy, both, at + width, grads, into + width, rows, cols, 2 * cols, *shape, out=(grads,))
         value, of_gate, of_up = activation(name, wide(both[:, :cols]), wide(both[:, cols:]))
         close(y, value, 3e-6)
         close(grads, np.concatenate((wide(dy) * of_gate, wide(dy) * of_up), 1), 3e-6)

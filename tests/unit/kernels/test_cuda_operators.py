@@ -134,10 +134,10 @@ def test_empty_tensors(emulated: Emulated) -> None:
 
 def test_faces_say_why_a_kernel_does_not_run() -> None:
     single, half, double = (torch.zeros(2, 8, dtype=dtype) for dtype in (torch.float32, BF16, torch.float64))
-    assert cuda.hindrance(double) == "the CUDA kernel takes float32 or bfloat16, got float64"
-    assert cuda.hindrance(half, single) == "the CUDA kernel takes float32 or bfloat16, got bfloat16 and float32"
-    assert cuda.hindrance(single, dtypes=(BF16,)) == "the CUDA kernel takes bfloat16, got float32"
-    assert cuda.hindrance(half, half) == cuda.missing()
+    assert cuda_operators.hindrance(double) == "the CUDA kernel takes float32 or bfloat16, got float64"
+    assert cuda_operators.hindrance(half, single) == "the CUDA kernel takes float32 or bfloat16, got bfloat16 and float32"
+    assert cuda_operators.hindrance(single, dtypes=(BF16,)) == "the CUDA kernel takes bfloat16, got float32"
+    assert cuda_operators.hindrance(half, half) == cuda.missing()
 
 
 def test_every_kernel_is_registered_for_devices_and_takes_what_its_schema_says() -> None:
