@@ -1,6 +1,5 @@
-// Gated activations: one pass over gate and up forward, one over gate, up and the gradient backward.
-#include "device.cuh"
-#include "mswift_cuda.h"
+// Gated activations: one pass over gate and up forward, one over gate, up and the gradient backward. Dropout by itself.
+#include "mask.cuh"
 
 namespace {
 constexpr int THREADS = 256;
@@ -73,7 +72,34 @@ template <class T, bool BACKWARD> int run(Gated g, void* stream) {
   const dim3 grid(static_cast<unsigned>((packs + THREADS - 1) / THREADS));
   return launch(gated<T, BACKWARD>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), g);
 }
+
+template <class T> __global__ void __launch_bounds__(THREADS) drop(const T* x, T* out, int64_t rows, int64_t cols, const Dropout mask, bool wide) {
+  constexpr int P = Pack<T>::SIZE;
+  const int64_t packs = (cols + P - 1) / P, index = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (index >= packs * rows) return;
+  const int64_t row = index / packs, at = index % packs * P;
+  float value[P];
+  load_pack(value, x + row * cols, at, cols, wide);
+#pragma unroll
+  for (int i = 0; i < P; i++) {
+    const float factor = dropout_factor(mask, row, at + i);
+    value[i] = factor > 0.0f ? factor * value[i] : 0.0f;
+  }
+  store_pack(value, out + row * cols, at, cols, wide);
+}
+
+template <class T> int run_drop(const void* x, void* out, int64_t rows, int64_t cols, const mswift_dropout& mask, void* stream) {
+  constexpr int P = Pack<T>::SIZE;
+  const int64_t packs = (cols + P - 1) / P * rows;
+  if (packs == 0) return 0;
+  return launch(drop<T>, dim3(static_cast<unsigned>((packs + THREADS - 1) / THREADS)), dim3(THREADS), 0, static_cast<Stream>(stream),
+                static_cast<const T*>(x), static_cast<T*>(out), rows, cols, dropout(mask), wide_rows<T>(x, cols) && wide_rows<T>(out, 0));
+}
 }  // namespace
+
+extern "C" int mswift_drop(int dtype, const void* x, void* out, int64_t rows, int64_t cols, const mswift_dropout* mask, void* stream) {
+  return dtype == 1 ? run_drop<bf16>(x, out, rows, cols, *mask, stream) : run_drop<float>(x, out, rows, cols, *mask, stream);
+}
 
 extern "C" int mswift_gated_forward(int dtype, int kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float slope,
                                     float cubic, float limit, float offset, void* stream) {

@@ -23,6 +23,14 @@ template <class K, class... A> int launch(K kernel, dim3 grid, dim3 block, size_
   return static_cast<int>(cudaGetLastError());
 }
 
+// Bytes of shared memory that one block may ask for on the current device
+inline size_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return cudaGetLastError(), 0;
+  return static_cast<size_t>(bytes);
+}
+
 #define sync_block() __syncthreads()
 #define sync_warp() __syncwarp()
 #define shuffle_xor(value, mask) __shfl_xor_sync(~0u, value, mask)
@@ -75,6 +83,8 @@ template <class T> using SharedPtr = emu::Shared<T>;
 template <class K, class... A> int launch(K kernel, dim3 grid, dim3 block, size_t dynamic_bytes, Stream, const A&... args) {
   return emu::run(grid, block, dynamic_bytes, [&] { kernel(args...); });
 }
+
+inline size_t shared_memory_limit() { return 227 * 1024; }  // as sm_90 and sm_100
 
 #define sync_block() emu::wait_block(__LINE__)
 #define sync_warp() emu::wait_warp(__LINE__)

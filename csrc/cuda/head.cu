@@ -2,8 +2,7 @@
 // of it are probabilities or gradients of one chunk of the vocabulary, in bf16, for the products that follow.
 #include <cmath>
 
-#include "mswift_cuda.h"
-#include "tile.cuh"
+#include "head.cuh"
 
 namespace {
 using S = Large;
@@ -24,26 +23,12 @@ struct Head {
   int64_t stride;
 };
 
-struct Part {
-  float top, sum, spread, total;  // maximum m, sum of exp(z - m), of exp(z - m) (z - m), of z
-};
-__device__ __forceinline__ Part merge(Part a, Part b) {
-  if (b.sum == 0.0f) return a;
-  if (a.sum == 0.0f) return b;
-  const float top = fmaxf(a.top, b.top), da = a.top - top, db = b.top - top;
-  const float fa = FAULT(16) ? 1.0f : fast_exp(da), fb = fast_exp(db);
-  return Part{top, fa * a.sum + fb * b.sum, fa * (a.spread + da * a.sum) + fb * (b.spread + db * b.sum), a.total + b.total};
-}
-
 // of column `column` of a tile that has `real` columns before the padding
 __device__ __forceinline__ float logit(const Head& h, float product, const bf16* bias, int column, int real) {
   if (column >= real + (FAULT(17) ? 1 : 0)) return -INFINITY;
   if (bias) product += widen(load(bias + column));
-  product *= h.scale;
-  return h.softcap > 0.0f ? h.softcap * tanhf(product / h.softcap) : product;
+  return softened(h.scale, h.softcap, product);
 }
-__device__ __forceinline__ float slope_of(float softcap, float z) { return softcap > 0.0f ? 1.0f - (z / softcap) * (z / softcap) : 1.0f; }
-
 // The logit of the label is noted, and leaves the tile where it is not to be counted with the others.
 template <bool NOTES> __device__ __forceinline__ void part_with_label(Tile<S>& z, SharedPtr<int> label, SharedPtr<float> label_logit, bool leaves) {
 #pragma unroll
@@ -185,17 +170,6 @@ template <int MODE> __global__ void __launch_bounds__(S::THREADS, 2) head_tiles(
 
 constexpr int THREADS = 128;
 static_assert(THREADS == S::BM, "one block of `advance` decides for one tile of rows");
-
-__device__ __forceinline__ Part read_part(const float* from, int64_t tokens, int64_t t) {
-  return Part{load(from + t), load(from + tokens + t), load(from + 3 * tokens + t), load(from + 4 * tokens + t)};
-}
-__device__ __forceinline__ void write_part(float* to, int64_t tokens, int64_t t, const Part& part, float label_logit) {
-  store(to + t, part.top);
-  store(to + tokens + t, part.sum);
-  store(to + 2 * tokens + t, label_logit);
-  store(to + 3 * tokens + t, part.spread);
-  store(to + 4 * tokens + t, part.total);
-}
 
 __global__ void __launch_bounds__(THREADS) merge_parts(const float* parts, float* stats, int64_t count, int64_t tokens) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;

@@ -10,9 +10,10 @@ template <class B> struct Linear {
   Dropout mask;    // of the adapter's product
   const bf16* bias;
   const float *column_scale, *row_keep, *row_factor;
-  const int64_t* offsets;
+  const int64_t *offsets, *group_seeds;
   void* out;
-  int64_t rows, n, k, weight_stride, up_stride;
+  bf16* inner;
+  int64_t rows, n, k, weight_stride, up_stride, bias_stride;
   int groups;
   float alpha;
   bool wide_out, accumulate;
@@ -24,21 +25,27 @@ __device__ __forceinline__ void move_on(Quantised& operand, int64_t elements) {
   operand.scales += operand.block ? elements / operand.block : elements / operand.cols;
 }
 
-// The group and the rows of the tile-th tile of BM rows, counted over all groups; end 0: there is none.
+// The group and the rows of the tile-th tile of BM rows, counted over all groups; end 0: there is none. first: the group's first row.
 struct Where {
-  int64_t begin, end;
+  int64_t begin, end, first;
   int group;
 };
 template <int BM> __device__ __forceinline__ Where locate(const int64_t* offsets, int groups, int64_t rows, int64_t tile) {
-  if (offsets == nullptr) return Where{tile * BM, rows, 0};
+  if (offsets == nullptr) return Where{tile * BM, rows, 0, 0};
   int64_t first = load(offsets);
   for (int g = 0; g < groups; g++) {
     const int64_t last = load(offsets + g + 1), tiles = (last - first + BM - 1) / BM;
-    if (tile < tiles) return Where{first + tile * BM, last, FAULT(14) && g ? g - 1 : g};
+    if (tile < tiles) return Where{first + tile * BM, last, first, FAULT(14) && g ? g - 1 : g};
     tile -= tiles;
     first = last;
   }
-  return Where{0, 0, 0};
+  return Where{0, 0, 0, 0};
+}
+// Each group has a mask of its own, whose rows count from the group's first.
+__device__ __forceinline__ void of_group(Dropout& mask, const int64_t* seeds, int group, int64_t first) {
+  if (seeds == nullptr || mask.threshold == 0) return;
+  mask.seed = static_cast<uint64_t>(load(seeds + group));
+  mask.first_row -= FAULT(25) ? 0 : first;
 }
 
 template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::THREADS, 2) linear(const Linear<B> l) {
@@ -53,17 +60,20 @@ template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::T
     up.m.p += where.group * l.up_stride;
     multiply<S, false, COLUMNS>(acc, stages, low, up, where.begin, n0, 0, l.low.cols);
     if (l.mask.threshold) {
+      Dropout mask = l.mask;
+      of_group(mask, l.group_seeds, where.group, where.first);
 #pragma unroll
       for (int i = 0; i < S::MF; i++)
 #pragma unroll
         for (int j = 0; j < S::NF; j++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) acc[i][j][e] *= dropout_factor(l.mask, where.begin + row_of<S>(i, e), n0 + column_of<S>(j, e));
+          for (int e = 0; e < 4; e++) acc[i][j][e] *= dropout_factor(mask, where.begin + row_of<S>(i, e), n0 + column_of<S>(j, e));
     }
   }
   if (l.k) {
     Changed x = l.x;
     x.m.rows = where.end;
+    of_group(x.dropout, l.group_seeds, where.group, where.first);
     B weight = l.weight;
     move_on(weight, where.group * l.weight_stride);
     multiply<S, false, COLUMNS>(acc, stages, x, weight, where.begin, n0, 0, l.k);
@@ -78,22 +88,18 @@ template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::T
 #pragma unroll
       for (int j = 0; j < S::NF; j++) {
         const int64_t column = n0 + column_of<S>(j, 0);
-        float value[2];
+        float value[2] = {l.alpha * acc[i][j][half * 2], l.alpha * acc[i][j][half * 2 + 1]};
+        if (l.inner) store_pair(l.inner + row * l.n, column, l.n, value[0], value[1], l.n % 2 == 0);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          value[e] = l.alpha * acc[i][j][half * 2 + e];
           if (column + e < l.n && l.column_scale) value[e] *= load(l.column_scale + column + e);
-          if (column + e < l.n && l.bias) value[e] += widen(load(l.bias + column + e));
+          if (column + e < l.n && l.bias) value[e] += widen(load(l.bias + where.group * l.bias_stride + column + e));
           float* out = static_cast<float*>(l.out) + row * l.n + column + e;
           if (l.wide_out && column + e < l.n) store(out, factor * value[e] + (l.accumulate ? keep * load_again(out) : 0.0f));
         }
         if (!l.wide_out) store_pair(static_cast<bf16*>(l.out) + row * l.n, column, l.n, value[0], value[1], l.n % 2 == 0);
       }
     }
-}
-
-inline Dropout dropout(const mswift_dropout& d) {
-  return Dropout{d.seed, d.first_row, d.first_column, d.full_width, d.threshold, 256.0f / (256.0f - static_cast<float>(d.threshold))};
 }
 
 template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_args& a, const B& weight, void* stream) {
@@ -108,12 +114,15 @@ template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_arg
                     a.row_keep,
                     a.row_factor,
                     a.offsets,
+                    a.offsets ? a.group_seeds : nullptr,
                     a.out,
+                    static_cast<bf16*>(a.inner),
                     a.rows,
                     a.n,
                     k,
                     a.weight_stride,
                     a.up_stride,
+                    a.bias_stride,
                     static_cast<int>(groups),
                     a.alpha,
                     a.accumulate != 0,

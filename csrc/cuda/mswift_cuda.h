@@ -43,17 +43,20 @@ int mswift_combine_rows(int dtype, const void* x, const int64_t* index, const fl
 int mswift_combine_rows_backward(int dtype, const void* dy, const void* x, const int64_t* index, const float* weights, void* dx, float* dweights, int64_t tokens,
                                  int k, int64_t cols, void* stream);
 
-/* out[c] = sum_r a[r, c] b[r, c] (b may be NULL: ones), fp32; rows are `stride` apart; partial as above. */
-int mswift_column_sum(int dtype, const void* a, const void* b, float* partial, float* out, int64_t rows, int64_t cols, int64_t stride, void* stream);
-
-/* --- products, bf16 with fp32 sums ---
- * A dropout mask (csrc/common/dropout.h): threshold 0 means none. Row i, column j here are first_row + i, first_column + j of the whole
- * activation; columns at or beyond full_width are zeros. */
+/* out = x where the mask of csrc/common/dropout.h keeps it, times 256 / (256 - threshold); 0 elsewhere. x and out: dense [rows, cols]. */
 typedef struct {
   uint64_t seed;
   int64_t first_row;
   uint32_t first_column, full_width, threshold;
 } mswift_dropout;
+int mswift_drop(int dtype, const void* x, void* out, int64_t rows, int64_t cols, const mswift_dropout* mask, void* stream);
+
+/* out[c] = sum_r a[r, c] b[r, c] (b may be NULL: ones), fp32; rows are `stride` apart; partial as above. */
+int mswift_column_sum(int dtype, const void* a, const void* b, float* partial, float* out, int64_t rows, int64_t cols, int64_t stride, void* stream);
+
+/* --- products, bf16 with fp32 sums ---
+ * A dropout mask: threshold 0 means none. Row i, column j here are first_row + i, first_column + j of the whole
+ * activation; columns at or beyond full_width are zeros. */
 
 /* out[i, n] = alpha column_scale[n] (base + mask adapter)[i, n] + bias[n]
  *   base = x weight^T, or x weight if `columns`;  adapter = low up^T, or low up if `columns` (low: [rows, rank]);  mask = 1 without dropout.
@@ -62,14 +65,16 @@ typedef struct {
  * starts g * weight_stride elements behind the first, up likewise (a stride of 0 shares it).
  * weight_kind 0: bf16. 1: int8 with weight_scales fp32, one a row. 2: nf4, two codes a byte, weight_scales one for weight_block elements;
  *   quantised weights are [n, k] ([k, n] if columns) with k (n) a multiple of 8, and group strides count elements too.
+ * group_seeds: int64 [groups], a dropout seed for each group, whose mask then counts rows from the group's first; NULL: the masks' own seeds.
+ * inner (NULL: not wanted), bf16: alpha (base + mask adapter), without column_scale and bias.
  * x_dropout, x_column_scale [k]: done to x while it is read.   thin: the tile for n of at most 64.
  * accumulate 0: out is bf16. 1: out is fp32 and out = row_keep[i] out + row_factor[i] (...) (NULL: ones). 2: out is fp32, out = row_factor[i] (...). */
 typedef struct {
   const void *x, *weight, *low, *up, *bias;
   const float *weight_scales, *column_scale, *x_column_scale, *row_keep, *row_factor;
-  const int64_t* offsets;
-  void* out;
-  int64_t rows, n, k, rank, x_stride, weight_stride, up_stride, groups;
+  const int64_t *offsets, *group_seeds;
+  void *out, *inner;
+  int64_t rows, n, k, rank, x_stride, weight_stride, up_stride, bias_stride, groups;
   mswift_dropout x_dropout, adapter_dropout;
   float alpha;
   int weight_kind, weight_block, columns, thin, accumulate;
@@ -81,7 +86,7 @@ int mswift_linear(const mswift_linear_args* args, void* stream);
  * out_dtype 0 fp32, 1 bf16; accumulate (fp32 only): out += ... */
 typedef struct {
   const void *a, *b;
-  const int64_t* offsets;
+  const int64_t *offsets, *group_seeds;
   void* out;
   float* partial;
   int64_t rows, m, n, a_stride, b_stride, groups;
@@ -123,6 +128,15 @@ int mswift_head_finish(const mswift_head* head, const float* acc, const float* r
  * dbias fp32 [vocab] (may be NULL). Workspaces: gradients bf16 [tokens, chunk]; sums fp32 [MSWIFT_NORM_BLOCKS + 1, chunk] if dbias. */
 int mswift_head_gradient(const mswift_head* head, const float* lse, const float* coefficients, void* gradients, int64_t chunk, float* dx_acc, void* dweight,
                          int dweight_dtype, int accumulate, float* dbias, float* sums, void* stream);
+
+/* The same with the gradients kept on chip, where the current device has room for them: whether it has (1 or 0). */
+int mswift_head_on_chip(int64_t hidden);
+/* Statistics, and sum_v exp(z - maximum) dz/dproduct weight[v] in acc fp32 [tokens, hidden]. With splits > 1 as many blocks share the vocabulary
+ * for the same tokens, and need partial fp32 [splits, 5, tokens] and acc_parts fp32 [splits, tokens, hidden]. */
+int mswift_head_sweep_on_chip(const mswift_head* head, float* stats, float* acc, float* partial, float* acc_parts, int splits, void* stream);
+/* As mswift_head_gradient: dx_acc (may be NULL; splits and acc_parts as above), dweight (may be NULL) and with it dbias (may be NULL). */
+int mswift_head_gradient_on_chip(const mswift_head* head, const float* lse, const float* coefficients, float* dx_acc, float* acc_parts, int splits,
+                                 void* dweight, int dweight_dtype, int accumulate, float* dbias, void* stream);
 
 #ifdef __cplusplus
 }

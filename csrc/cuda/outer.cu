@@ -5,7 +5,7 @@
 namespace {
 struct Outer {
   Changed a, b;
-  const int64_t* offsets;
+  const int64_t *offsets, *group_seeds;
   void* out;
   int64_t rows, m, n, groups;
   float alpha;
@@ -24,6 +24,10 @@ template <class S> __global__ void __launch_bounds__(S::THREADS, 2) outer(const 
   if (begin < end && !(FAULT(15) && o.splits > 1 && split == o.splits - 1)) {
     Changed a = o.a, b = o.b;
     a.m.rows = b.m.rows = end;
+    if (o.group_seeds && b.dropout.threshold) {  // a mask for each group, whose rows count from the group's first
+      b.dropout.seed = static_cast<uint64_t>(load(o.group_seeds + group));
+      b.dropout.first_row -= FAULT(26) ? 0 : first;
+    }
     multiply<S, true, true>(acc, stages, a, b, m0, n0, begin, end);
   }
   const int64_t base = (static_cast<int64_t>(split) * o.groups + group) * o.m;
@@ -62,10 +66,6 @@ __global__ void __launch_bounds__(THREADS) sum_splits(const float* partial, void
   store(place, sum + (accumulate ? load_again(place) : 0.0f));
 }
 
-Dropout dropout(const mswift_dropout& d) {
-  return Dropout{d.seed, d.first_row, d.first_column, d.full_width, d.threshold, 256.0f / (256.0f - static_cast<float>(d.threshold))};
-}
-
 template <class S> int run(const Outer& o, Stream stream) {
   const int64_t along = (o.m + S::BM - 1) / S::BM, across = (o.n + S::BN - 1) / S::BN, deep = o.groups * o.splits;
   if (across > 65535 || deep > 65535) return MSWIFT_UNSUPPORTED;
@@ -82,6 +82,7 @@ extern "C" int mswift_outer(const mswift_outer_args* args, void* stream) {
   const Outer o{Changed{matrix(a.a, a.rows, a.m, a.a_stride), Dropout{}, a.a_column_scale},
                 Changed{matrix(a.b, a.rows, a.n, a.b_stride), dropout(a.b_dropout), nullptr},
                 a.offsets,
+                a.offsets ? a.group_seeds : nullptr,
                 split ? a.partial : a.out,
                 a.rows,
                 a.m,

@@ -4,8 +4,7 @@
 // An operand is a row-major matrix of global memory, read in tiles of rows x 16-byte chunks. A: [M, K], or [K, M] if A_COLUMNS.
 // B: [N, K] (a weight as torch keeps it), or [K, N] if B_COLUMNS. Rows and columns beyond an operand's limits are zeros.
 #pragma once
-#include "../common/dropout.h"
-#include "device.cuh"
+#include "mask.cuh"
 
 constexpr int BK = 32, STAGES = 3;
 
@@ -27,18 +26,6 @@ template <class S> using Tile = float[S::MF][S::NF][4];
 template <int CHUNKS> __device__ __forceinline__ int place(int r, int c) { return r * CHUNKS + (c ^ (CHUNKS == 4 ? (r >> 1) & 3 : r & 7)); }
 
 // --- operands
-struct Dropout {
-  uint64_t seed;
-  int64_t first_row;
-  uint32_t first_column, full_width, threshold;  // columns at or beyond the full width are zeros; threshold 0: no dropout
-  float factor;                                  // 256 / (256 - threshold)
-};
-// the factor of one element, whose row and column count from the matrix that is here
-__device__ __forceinline__ float dropout_factor(const Dropout& d, int64_t row, int64_t column) {
-  const uint32_t c = static_cast<uint32_t>(column) + (FAULT(9) ? 0 : d.first_column);
-  return c < d.full_width && mswift_keep(d.seed, d.first_row + row, c, d.threshold) ? d.factor : 0.0f;
-}
-
 struct Matrix {
   const bf16* p;
   int64_t stride;

@@ -29,8 +29,9 @@ class Dropout(ctypes.Structure):
 class Linear(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "weight", "low", "up", "bias")),
-        *((name, c_void_p) for name in ("weight_scales", "column_scale", "x_column_scale", "row_keep", "row_factor", "offsets", "out")),
-        *((name, c_int64) for name in ("rows", "n", "k", "rank", "x_stride", "weight_stride", "up_stride", "groups")),
+        *((name, c_void_p) for name in ("weight_scales", "column_scale", "x_column_scale", "row_keep", "row_factor")),
+        *((name, c_void_p) for name in ("offsets", "group_seeds", "out", "inner")),
+        *((name, c_int64) for name in ("rows", "n", "k", "rank", "x_stride", "weight_stride", "up_stride", "bias_stride", "groups")),
         ("x_dropout", Dropout),
         ("adapter_dropout", Dropout),
         ("alpha", c_float),
@@ -40,7 +41,7 @@ class Linear(ctypes.Structure):
 
 class Outer(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("a", "b", "offsets", "out", "partial")),
+        *((name, c_void_p) for name in ("a", "b", "offsets", "group_seeds", "out", "partial")),
         *((name, c_int64) for name in ("rows", "m", "n", "a_stride", "b_stride", "groups")),
         ("b_dropout", Dropout),
         ("a_column_scale", c_void_p),
@@ -69,6 +70,7 @@ SIGNATURES = {
     "mswift_gather_rows": "ipppllp",
     "mswift_combine_rows": "ipppplilp",
     "mswift_combine_rows_backward": "ipppppplilp",
+    "mswift_drop": "ippllpp",
     "mswift_column_sum": "ipppplllp",
     "mswift_linear": "pp",
     "mswift_outer": "pp",
@@ -77,6 +79,9 @@ SIGNATURES = {
     "mswift_head_sweep": "ppppplpippp",
     "mswift_head_finish": "ppppppppp",
     "mswift_head_gradient": "ppppl" + "ppiippp",
+    "mswift_head_on_chip": "l",
+    "mswift_head_sweep_on_chip": "pppppip",
+    "mswift_head_gradient_on_chip": "pppppipiipp",
 }
 """Argument types of each function, one letter each: i int, p pointer, l int64, f float. All return an int, 0 for success."""
 

@@ -9,6 +9,8 @@ from mswift.kernels import cuda_abi as abi
 from mswift.kernels.cuda import Library, dtype_of, pointer
 
 _VOCABULARY_CHUNK = 64 * abi.CHUNK
+_BLOCKS = 132
+"""About as many multiprocessors does a large device have: so many blocks are started where each fills one."""
 _LOWEST = -1e30
 
 
@@ -40,7 +42,9 @@ def linear_softmax(
     splits = max(1, min(64, 432 // max(1, (tokens + abi.CHUNK - 1) // abi.CHUNK), (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK))
     partial = hidden.new_empty(splits, 5, tokens, dtype=torch.float32)
     chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
-    if gradient:
+    if gradient and library.ask("mswift_head_on_chip", hidden, width):
+        _sweep_on_chip(library, head, hidden, stats, mean, mean2, scale)
+    elif gradient:
         reference, factors = torch.empty_like(stats[0]), hidden.new_empty(2, tokens, dtype=torch.float32)
         flags = hidden.new_empty((tokens + abi.CHUNK - 1) // abi.CHUNK, dtype=torch.int32)
         scratch = hidden.new_empty(tokens, chunk)
@@ -57,6 +61,18 @@ def linear_softmax(
     return torch.stack(named), mean, mean2
 
 
+def _sweep_on_chip(library: Library, head: abi.Head, hidden: Tensor, stats: Tensor, mean: Tensor, mean2: Tensor, scale: float) -> None:
+    tokens, width = hidden.shape
+    splits = max(1, min(32, _BLOCKS // max(1, (tokens + 63) // 64)))
+    partial = hidden.new_empty(splits, 5, tokens, dtype=torch.float32) if splits > 1 else None
+    parts = hidden.new_empty(splits, tokens, width, dtype=torch.float32) if splits > 1 else None
+    library.call("mswift_head_sweep_on_chip", hidden, head, stats, mean, partial, parts, splits)
+    if len(mean2):
+        reference, distance = stats[0].clamp_min(_LOWEST), torch.zeros_like(stats[:4])
+        distance[2] = 1.0 / scale
+        library.call("mswift_head_gradient_on_chip", hidden, head, reference, distance, mean2, parts, splits, None, 0, 0, None)
+
+
 def linear_softmax_grad_weight(
     library: Library, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor, valid: int, scale: float, cap: float
 ) -> tuple[Tensor, Tensor]:
@@ -64,13 +80,17 @@ def linear_softmax_grad_weight(
     hidden, weight, bias, labels = _dense(hidden, weight, bias, labels)
     lse, a, b, g = factors
     coefficients = torch.stack((g, a - b * lse, -b, torch.zeros_like(g)))
-    chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
-    scratch, grad_weight = hidden.new_empty(len(labels), chunk), torch.empty_like(weight)
+    grad_weight = torch.empty_like(weight)
     grad_bias = hidden.new_empty(0 if bias is None else weight.shape[0], dtype=torch.float32)
-    sums = None if bias is None else hidden.new_empty(abi.NORM_BLOCKS + 1, chunk, dtype=torch.float32)
     if not len(labels):
         return grad_weight.zero_(), grad_bias.zero_()
     head = _head(hidden, weight, bias, labels, valid, scale, cap, without_label=0)
-    arguments = (lse.contiguous(), coefficients, scratch, chunk, None, grad_weight, dtype_of(weight), 0, None if bias is None else grad_bias, sums)
-    library.call("mswift_head_gradient", hidden, head, *arguments)
+    into = (grad_weight, dtype_of(weight), 0, None if bias is None else grad_bias)
+    if library.ask("mswift_head_on_chip", hidden, hidden.shape[1]):
+        library.call("mswift_head_gradient_on_chip", hidden, head, lse.contiguous(), coefficients, None, None, 1, *into)
+        return grad_weight, grad_bias
+    chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
+    sums = None if bias is None else hidden.new_empty(abi.NORM_BLOCKS + 1, chunk, dtype=torch.float32)
+    scratch = hidden.new_empty(len(labels), chunk)
+    library.call("mswift_head_gradient", hidden, head, lse.contiguous(), coefficients, scratch, chunk, None, *into, sums)
     return grad_weight, grad_bias

@@ -6,6 +6,7 @@ by group, and those of weight, lora_a and lora_b that have three dimensions have
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +17,27 @@ from mswift.kernels.cuda import Library, dtype_of, pointer
 
 
 class Mask(NamedTuple):
-    """A dropout mask of csrc/common/dropout.h: element (i, j) here is (first_row + i, first_column + j) of the whole activation."""
+    """A dropout mask of csrc/common/dropout.h: element (i, j) here is (first_row + i, first_column + j) of the whole activation.
 
-    p: float
+    threshold: the rate in 256ths. seeds: int64 ``[groups]``, one for each group in the place of `seed`; rows then count from the group's first.
+    """
+
+    threshold: int
     seed: int
     first_row: int
     first_column: int
     full_width: int
+    seeds: Tensor | None = None
+
+    @staticmethod
+    def of(dropout: Sequence[int]) -> Mask | None:
+        """As the operators' schemas tell it; None where nothing is dropped."""
+        if len(dropout) != 5 or not 0 <= dropout[0] < 256:
+            raise RuntimeError(f"dropout: got {list(dropout)}, wanted [threshold below 256, seed, first row, first column, full width]")
+        return Mask(*dropout) if dropout[0] else None
 
     def argument(self) -> abi.Dropout:
-        return abi.Dropout(self.seed, self.first_row, self.first_column, self.full_width, abi.threshold_of(self.p))
+        return abi.Dropout(self.seed, self.first_row, self.first_column, self.full_width, self.threshold)
 
 
 class Quantised(NamedTuple):
@@ -35,6 +47,11 @@ class Quantised(NamedTuple):
     shape: tuple[int, int]
     scales: Tensor
     block: int = 0
+
+
+def _masked(name: str, mask: Mask | None) -> dict[str, Any]:
+    """The field `name` of a structure, and each group's seed beside it."""
+    return {} if mask is None else {name: mask.argument(), "group_seeds": pointer(mask.seeds)}
 
 
 def _stride(tensor: Tensor) -> int:
@@ -72,7 +89,7 @@ def lora_down(library: Library, x: Tensor, lora_a: Tensor, scale: float, mask: M
         "alpha": scale,
         "thin": 1,
     }
-    library.call("mswift_linear", x, abi.Linear(**fields, x_dropout=mask.argument() if mask else abi.Dropout()))
+    library.call("mswift_linear", x, abi.Linear(**fields, **_masked("x_dropout", mask)))
     return low
 
 
@@ -87,12 +104,17 @@ def lora_forward(
     column_scale: Tensor | None = None,
     offsets: Tensor | None = None,
     quantised: Quantised | None = None,
+    inner: Tensor | None = None,
 ) -> Tensor:
-    """``column_scale * (x @ weight.T + low @ lora_b.T) + bias``; `column_scale` fp32 ``[out]`` is DoRA's factor."""
+    """``column_scale * (x @ weight.T + low @ lora_b.T) + bias``; `column_scale` fp32 ``[out]`` is DoRA's factor.
+
+    inner: is written with the sum in brackets.
+    """
     width = weight.shape[-2] if quantised is None else quantised.shape[0]
     out = x.new_empty(len(x), width)
     fields = _rows(x, offsets) | _weight(weight, quantised) | _adapter(low, lora_b)
-    fields |= {"bias": pointer(bias), "column_scale": pointer(column_scale), "out": pointer(out), "n": width}
+    fields |= {"bias": pointer(bias), "bias_stride": width if bias is not None and bias.dim() == 2 else 0}
+    fields |= {"column_scale": pointer(column_scale), "out": pointer(out), "inner": pointer(inner), "n": width}
     library.call("mswift_linear", x, abi.Linear(**fields))
     return out
 
@@ -125,7 +147,7 @@ def lora_grad_input(
     out = grad.new_empty(len(grad), width)
     fields = _rows(grad, offsets) | _weight(weight, quantised) | _adapter(grad_low, lora_a)
     fields |= {"x_column_scale": pointer(column_scale), "out": pointer(out), "n": width, "columns": 1}
-    library.call("mswift_linear", grad, abi.Linear(**fields, adapter_dropout=mask.argument() if mask else abi.Dropout()))
+    library.call("mswift_linear", grad, abi.Linear(**fields, **_masked("adapter_dropout", mask)))
     return out
 
 
@@ -147,6 +169,5 @@ def outer(
     partial = a.new_empty(splits, groups, m, n, dtype=torch.float32) if splits > 1 else None
     fields = {"a": pointer(a), "b": pointer(b), "offsets": pointer(offsets), "out": pointer(out), "partial": pointer(partial)}
     sizes = {"rows": rows, "m": m, "n": n, "a_stride": m, "b_stride": n, "groups": groups, "splits": splits, "out_dtype": dtype_of(out)}
-    dropout = mask.argument() if mask else abi.Dropout()
-    library.call("mswift_outer", a, abi.Outer(**fields, **sizes, alpha=1.0, b_dropout=dropout, a_column_scale=pointer(column_scale)))
+    library.call("mswift_outer", a, abi.Outer(**fields, **sizes, **_masked("b_dropout", mask), alpha=1.0, a_column_scale=pointer(column_scale)))
     return out

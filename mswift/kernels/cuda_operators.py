@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mswift.kernels import cuda_head, cuda_rows, extension
+from mswift.kernels import cuda_head, cuda_lora, cuda_rows, extension
 from mswift.kernels.cuda import Library, library, missing
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "linear_softmax": cuda_head.linear_softmax,
     "linear_softmax_grad_weight": cuda_head.linear_softmax_grad_weight,
+    "lora_linear": cuda_lora.linear,
+    "lora_linear_grad_input": cuda_lora.grad_input,
+    "lora_linear_grad_factors": cuda_lora.grad_factors,
+    "lora_dropout": cuda_lora.drop,
     "rms_norm": cuda_rows.norm,
     "rms_norm_backward": cuda_rows.norm_backward,
     "gated_activation": cuda_rows.gated_activation,

@@ -104,7 +104,7 @@ def lora(library: Library, device: str) -> None:
         some(device, *shape) for shape in ((rows, inside), (outside, inside), (outside,), (rank, inside), (outside, rank), (rows, outside))
     )
     column_scale = some(device, outside, dtype=torch.float32).abs() + 0.5
-    mask = cuda_linear.Mask(0.25, 77, 5, 8, 8 + inside)
+    mask = cuda_linear.Mask(64, 77, 5, 8, 8 + inside)
     eye = torch.eye(inside, device=device, dtype=BF16)
     drawn = torch.stack(
         [cuda_linear.lora_down(library, torch.ones(rows, inside, device=device, dtype=BF16), eye[i : i + 1], 1.0, mask)[:, 0] for i in range(inside)],

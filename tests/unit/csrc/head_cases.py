@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +65,11 @@ def problems(random: np.random.Generator) -> list[Problem]:
     ]
 
 
+def wide_problems(random: np.random.Generator) -> list[Problem]:
+    """One for each further width of the kernels that keep gradients on chip."""
+    return [problem(random, 3, 300, 70, padding=3, scale=1.3), problem(random, 67, 599, 40, bias=True, softcap=5.0)]
+
+
 def expected(case: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Log-sum-exp, label's logit, entropy, sum of logits, probabilities."""
     z = case.logits()
@@ -77,8 +84,8 @@ def gathered_statistics(emulator: Emulator, case: Problem, splits: int) -> np.nd
     tokens = len(case.x)
     parts = unwritten(case.ranks, 5, tokens)
     for (_, structure, _), part in zip(case.shards(), parts):
-        partial, stats = unwritten(splits, 5, tokens), unwritten(5, tokens)
-        emulator.call("mswift_head_statistics", structure, stats, partial, splits, out=(stats, partial))
+        scratch, stats = unwritten(splits, 5, tokens), unwritten(5, tokens)
+        emulator.call("mswift_head_statistics", structure, stats, scratch, splits, out=(stats, scratch))
         part[:] = stats
     merged = unwritten(5, tokens)
     emulator.call("mswift_head_merge", parts, merged, case.ranks, tokens, out=(merged,))
@@ -108,9 +115,39 @@ def within(got: np.ndarray, want: np.ndarray, magnitude: np.ndarray) -> None:
     assert error.mean() <= magnitude.mean() * 2.0**-9 + 1e-5 * magnitude.max()
 
 
+def by_chunks(emulator: Emulator, structure: Structure, lse: np.ndarray, coefficients: np.ndarray, rows: int, hidden: int) -> tuple[np.ndarray, ...]:
+    tokens = len(lse)
+    grads, dx, dweight = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(tokens, hidden), unwritten(rows, hidden)
+    dbias, sums = unwritten(rows), unwritten(abi.NORM_BLOCKS + 1, abi.CHUNK)
+    arguments = (structure, lse, coefficients, grads, abi.CHUNK, dx, dweight, 0, 0, dbias, sums)
+    emulator.call("mswift_head_gradient", *arguments, out=(grads, dx, dweight, dbias, sums))
+    return dx, dweight, dbias
+
+
+def on_chip(emulator: Emulator, structure: Structure, lse: np.ndarray, coefficients: np.ndarray, rows: int, hidden: int) -> tuple[np.ndarray, ...]:
+    """Whole and in parts; the weight's gradient in fp32, added to what is there, and in bf16."""
+    tokens, before = len(lse), np.linspace(-1, 1, rows * hidden).reshape(rows, hidden).astype(np.float32)
+    dx, again, parts = unwritten(tokens, hidden), unwritten(tokens, hidden), unwritten(3, tokens, hidden)
+    dweight, rounded_dweight, dbias = before.copy(), unwritten(rows, hidden, dtype=np.uint16), unwritten(rows)
+    emulator.call("mswift_head_gradient_on_chip", structure, lse, coefficients, dx, None, 1, dweight, 0, 1, dbias, out=(dx, dweight, dbias))
+    arguments = (structure, lse, coefficients, again, parts, 3, rounded_dweight, 1, 0, None)
+    emulator.call("mswift_head_gradient_on_chip", *arguments, out=(again, parts, rounded_dweight))
+    close(again, wide(dx), 1e-5)
+    close(rounded_dweight, wide(dweight) - wide(before), 1e-5)
+    return dx, dweight - before, dbias
+
+
 def gradient(emulator: Emulator, random: np.random.Generator) -> None:
+    check_gradient(emulator, random, problems(random)[:3], by_chunks)
+
+
+def gradient_on_chip(emulator: Emulator, random: np.random.Generator) -> None:
+    check_gradient(emulator, random, [*problems(random)[:3], *wide_problems(random)], on_chip)
+
+
+def check_gradient(emulator: Emulator, random: np.random.Generator, cases: list[Problem], run: Callable[..., tuple[np.ndarray, ...]]) -> None:
     """Both factors, every coefficient, against the formula with the probabilities of float64."""
-    for case in problems(random)[:3]:
+    for case in cases:
         tokens, hidden = case.x.shape
         lse, _, _, _, p = expected(case)
         lse32 = lse.astype(np.float32)
@@ -122,10 +159,7 @@ def gradient(emulator: Emulator, random: np.random.Generator) -> None:
         whole = np.zeros((tokens, hidden))
         for first, structure, weight in case.shards():
             rows = len(weight)
-            grads, dx, dweight = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(tokens, hidden), unwritten(rows, hidden)
-            dbias, sums = unwritten(rows), unwritten(abi.NORM_BLOCKS + 1, abi.CHUNK)
-            arguments = (structure, lse32, coefficients, grads, abi.CHUNK, dx, dweight, 0, 0, dbias, sums)
-            emulator.call("mswift_head_gradient", *arguments, out=(grads, dx, dweight, dbias, sums))
+            dx, dweight, dbias = run(emulator, structure, lse32, coefficients, rows, hidden)
             part = dz[:, first : first + rows]
             within(dweight, part.T @ wide(case.x), np.abs(part).T @ np.abs(wide(case.x)))
             within(dbias, part.sum(0), np.abs(part).sum(0))
@@ -144,38 +178,67 @@ def rising(random: np.random.Generator) -> Problem:
     return case._replace(x=rounded(x), weight=rounded(weight))
 
 
+def sweep_by_chunks(emulator: Emulator, structure: Structure, tokens: int, hidden: int, repairs: bool) -> tuple[np.ndarray, ...]:
+    tiles = (tokens + abi.CHUNK - 1) // abi.CHUNK
+    stats, reference, acc, factors = unwritten(5, tokens), unwritten(tokens), unwritten(tokens, hidden), unwritten(2, tokens)
+    probabilities, several, flags = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(2, 5, tokens), unwritten(tiles, dtype=np.int32)
+    outputs = (stats, reference, acc, probabilities, several, factors, flags)
+    arguments = (structure, stats, reference, acc, probabilities, abi.CHUNK, several, 2, factors, flags)
+    emulator.call("mswift_head_sweep", *arguments, out=outputs)
+    assert not repairs or (flags == [1, 1]).all()
+    return stats, reference, acc
+
+
+def sweep_whole(emulator: Emulator, structure: Structure, tokens: int, hidden: int, repairs: bool) -> tuple[np.ndarray, ...]:
+    assert emulator.functions["mswift_head_on_chip"](hidden) == 1
+    stats, acc = unwritten(5, tokens), unwritten(tokens, hidden)
+    emulator.call("mswift_head_sweep_on_chip", structure, stats, acc, None, None, 1, out=(stats, acc))
+    return stats, stats[0].copy(), acc
+
+
+def sweep_in_parts(emulator: Emulator, structure: Structure, tokens: int, hidden: int, repairs: bool) -> tuple[np.ndarray, ...]:
+    stats, acc, several, parts = unwritten(5, tokens), unwritten(tokens, hidden), unwritten(3, 5, tokens), unwritten(3, tokens, hidden)
+    emulator.call("mswift_head_sweep_on_chip", structure, stats, acc, several, parts, 3, out=(stats, acc, several, parts))
+    return stats, stats[0].copy(), acc
+
+
 def sweep(emulator: Emulator, random: np.random.Generator) -> None:
+    cases = (*((case, False) for case in problems(random)), (rising(random), True))
+    for case, repairs in cases:
+        check_sweep(emulator, random, case, partial(sweep_by_chunks, repairs=repairs))
+
+
+def sweep_on_chip(emulator: Emulator, random: np.random.Generator) -> None:
+    for case in (*problems(random), *wide_problems(random), rising(random)):
+        for run in (sweep_whole, sweep_in_parts):
+            check_sweep(emulator, random, case, partial(run, repairs=False))
+
+
+def check_sweep(emulator: Emulator, random: np.random.Generator, case: Problem, run: Callable[..., tuple[np.ndarray, ...]]) -> None:
     """A frozen head: statistics and the input's gradient in one pass over the vocabulary, equal to those of the exact formula."""
-    for case, repairs in (*((case, False) for case in problems(random)), (rising(random), True)):
-        tokens, hidden = case.x.shape
-        tiles = (tokens + abi.CHUNK - 1) // abi.CHUNK
-        p = expected(case)[-1]
-        of_label, of_prob = random.normal(size=(2, tokens)).astype(np.float32)
-        whole, parts = np.zeros((tokens, hidden)), unwritten(case.ranks, 5, tokens)
-        swept = []
-        for (_, structure, _), part in zip(case.shards(), parts):
-            stats, reference, acc, factors = unwritten(5, tokens), unwritten(tokens), unwritten(tokens, hidden), unwritten(2, tokens)
-            probabilities, partial, flags = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(1, 5, tokens), unwritten(tiles, dtype=np.int32)
-            outputs = (stats, reference, acc, probabilities, partial, factors, flags)
-            arguments = (structure, stats, reference, acc, probabilities, abi.CHUNK, partial, 1, factors, flags)
-            emulator.call("mswift_head_sweep", *arguments, out=outputs)
-            part[:] = stats
-            assert not repairs or (flags == [1, 1]).all()
-            swept.append((structure, reference, acc))
-        merged = unwritten(5, tokens)
-        emulator.call("mswift_head_merge", parts, merged, case.ranks, tokens, out=(merged,))
-        check_statistics(case, merged)
-        lse32, label32 = (merged[0] + np.log(merged[1])).astype(np.float32), merged[2].copy()
-        for structure, reference, acc in swept:
-            dx = unwritten(tokens, hidden, dtype=np.uint16)
-            emulator.call("mswift_head_finish", structure, acc, reference, lse32, label32, of_label, of_prob, dx, out=(dx,))
-            whole += wide(dx)
-        dz = p * wide(of_prob)[:, None]
-        dz[np.arange(tokens), case.labels] += of_label
-        want = (dz * case.slope() * case.scale) @ wide(case.weight[: case.size])
-        allowed = 2e-2 * np.abs(want).max(1, keepdims=True) + 1e-6  # bf16 of both parts, which may cancel
-        assert (np.abs(whole - want) <= allowed).all(), np.abs(whole - want).max()
-        assert np.abs(whole - want).mean() <= 2e-3 * np.abs(want).max()
+    tokens, hidden = case.x.shape
+    p = expected(case)[-1]
+    of_label, of_prob = random.normal(size=(2, tokens)).astype(np.float32)
+    whole, parts = np.zeros((tokens, hidden)), unwritten(case.ranks, 5, tokens)
+    swept = []
+    for (_, structure, _), part in zip(case.shards(), parts):
+        stats, reference, acc = run(emulator, structure, tokens, hidden)
+        part[:] = stats
+        swept.append((structure, reference, acc))
+    merged = unwritten(5, tokens)
+    emulator.call("mswift_head_merge", parts, merged, case.ranks, tokens, out=(merged,))
+    check_statistics(case, merged)
+    lse32, label32 = (merged[0] + np.log(merged[1])).astype(np.float32), merged[2].copy()
+    for structure, reference, acc in swept:
+        dx = unwritten(tokens, hidden, dtype=np.uint16)
+        emulator.call("mswift_head_finish", structure, acc, reference, lse32, label32, of_label, of_prob, dx, out=(dx,))
+        whole += wide(dx)
+    dz = p * wide(of_prob)[:, None]
+    dz[np.arange(tokens), case.labels] += of_label
+    want = (dz * case.slope() * case.scale) @ wide(case.weight[: case.size])
+    allowed = 2e-2 * np.abs(want).max(1, keepdims=True) + 1e-6  # bf16 of both parts, which may cancel
+    assert (np.abs(whole - want) <= allowed).all(), np.abs(whole - want).max()
+    assert np.abs(whole - want).mean() <= 2e-3 * np.abs(want).max()
 
 
 def plain_finish(emulator: Emulator, random: np.random.Generator) -> None:
@@ -188,6 +251,14 @@ def plain_finish(emulator: Emulator, random: np.random.Generator) -> None:
 
 
 def without_label(emulator: Emulator, random: np.random.Generator) -> None:
+    check_without_label(emulator, random, partial(sweep_by_chunks, repairs=False), chip=False)
+
+
+def without_label_on_chip(emulator: Emulator, random: np.random.Generator) -> None:
+    check_without_label(emulator, random, partial(sweep_in_parts, repairs=False), chip=True)
+
+
+def check_without_label(emulator: Emulator, random: np.random.Generator, run: Callable[..., tuple[np.ndarray, ...]], *, chip: bool) -> None:
     """Sums over all rows but the label's, which dominates by a thousand; the same rows averaged for both kinds of gradient."""
     tokens, hidden, vocab, cap = 4, 24, 150, 0.0
     case = problem(random, tokens, hidden, vocab, softcap=cap)
@@ -202,10 +273,7 @@ def without_label(emulator: Emulator, random: np.random.Generator) -> None:
     others[np.arange(tokens), case.labels] = False
     top = np.where(others, z, -np.inf).max(1)
     e = np.where(others, np.exp(np.where(others, z, 0) - top[:, None]), 0)
-    stats, reference, acc, factors = unwritten(5, tokens), unwritten(tokens), unwritten(tokens, hidden), unwritten(2, tokens)
-    scratch, partial, flags = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(2, 5, tokens), unwritten(1, dtype=np.int32)
-    arguments = (structure, stats, reference, acc, scratch, abi.CHUNK, partial, 2, factors, flags)
-    emulator.call("mswift_head_sweep", *arguments, out=(stats, reference, acc, scratch, partial, factors, flags))
+    stats, reference, acc = run(emulator, structure, tokens, hidden)
     close(stats[0], top, 1e-6)
     close(reference, top, 1e-6)
     logit_error = 3e-7 * np.abs(z).max()  # which is the relative error of its exponential
@@ -215,10 +283,15 @@ def without_label(emulator: Emulator, random: np.random.Generator) -> None:
     within(acc, e @ wide(case.weight), e @ np.abs(wide(case.weight)))
     coefficients, dx = np.zeros((4, tokens), dtype=np.float32), unwritten(tokens, hidden)
     coefficients[2] = 1
-    arguments = (structure, reference, coefficients, scratch, abi.CHUNK, dx, None, 0, 0, None, None)
-    emulator.call("mswift_head_gradient", *arguments, out=(scratch, dx))
+    if chip:  # by the kernel that gave the reference: another one adds the logits up in another order
+        emulator.call("mswift_head_gradient_on_chip", structure, reference, coefficients, dx, None, 1, None, 0, 0, None, out=(dx,))
+    else:
+        scratch = unwritten(tokens, abi.CHUNK, dtype=np.uint16)
+        arguments = (structure, reference, coefficients, scratch, abi.CHUNK, dx, None, 0, 0, None, None)
+        emulator.call("mswift_head_gradient", *arguments, out=(scratch, dx))
     weighted = e * np.where(others, z - top[:, None], 0)
     within(dx, weighted @ wide(case.weight), np.abs(weighted) @ np.abs(wide(case.weight)))
 
 
-CASES = {case.__name__: case for case in (statistics, gradient, sweep, plain_finish, without_label)}
+_ALL = (statistics, gradient, gradient_on_chip, sweep, sweep_on_chip, plain_finish, without_label, without_label_on_chip)
+CASES = {case.__name__: case for case in _ALL}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from itertools import product
 
 import numpy as np
@@ -118,6 +119,7 @@ def grouped(emulator: Emulator, random: np.random.Generator) -> None:
             part = slice(offsets[g], offsets[g + 1])
             want[part] = wide(x)[part] @ wide(weight)[0 if shared else g].T + wide(low)[part] @ wide(up)[g].T
         close(out, want, 1e-6)
+    masks_of_groups(emulator, x, weight, low, up, dy, offsets)
     for splits in (1, 2):
         grads, partial = unwritten(groups, n, k), unwritten(splits, groups, n, k)
         fields = given(
@@ -126,6 +128,50 @@ def grouped(emulator: Emulator, random: np.random.Generator) -> None:
         emulator.call("mswift_outer", outer(**fields), out=(grads, partial))
         parts = [slice(offsets[g], offsets[g + 1]) for g in range(groups)]
         close(grads, np.stack([wide(dy)[part].T @ wide(x)[part] for part in parts]), 1e-6)
+
+
+def masks_of_groups(
+    emulator: Emulator, x: np.ndarray, weight: np.ndarray, low: np.ndarray, up: np.ndarray, dy: np.ndarray, offsets: np.ndarray
+) -> None:
+    """A seed for each group, rows counted from the group's first: dropout of the input, of the adapter's product, in a gradient; biases too."""
+    (rows, k), (groups, n, rank) = x.shape, up.shape
+    seeds, bias = np.array([5, 6, 2**40 + 7, 8]), rounded(np.linspace(-1, 1, groups * n).reshape(groups, n))
+    parts = [slice(offsets[g], offsets[g + 1]) for g in range(groups)]
+
+    def masks(cols: int) -> np.ndarray:
+        return np.concatenate([mask_of(part.stop - part.start, cols, abi.Dropout(int(seed), 0, 4, cols + 2, 90)) for seed, part in zip(seeds, parts)])
+
+    common = given(offsets=offsets, group_seeds=seeds, groups=groups, rows=rows)
+    down, dropout = unwritten(rows, rank, dtype=np.uint16), abi.Dropout(0, 0, 4, n + 2, 90)
+    fields = given(x=dy, weight=up, out=down, n=rank, k=n, x_stride=n, weight_stride=n * rank, x_dropout=dropout, thin=1, columns=1)
+    emulator.call("mswift_linear", linear(**fields, **common), out=(down,))
+    dropped = wide(rounded(wide(dy) * masks(n)))
+    close(down, np.concatenate([dropped[part] @ wide(up)[g] for g, part in enumerate(parts)]), 1e-6)
+    out, dropout = unwritten(rows, n, dtype=np.uint16), abi.Dropout(0, 0, 4, n + 2, 90)
+    inner, scale = unwritten(rows, n, dtype=np.uint16), np.linspace(0.5, 2, n).astype(np.float32)
+    fields = given(x=x, weight=weight, low=low, up=up, out=out, inner=inner, n=n, k=k, rank=rank, x_stride=k, weight_stride=n * k, up_stride=n * rank)
+    fields.update(bias=bias, bias_stride=n, column_scale=scale, adapter_dropout=dropout)
+    emulator.call("mswift_linear", linear(**fields, **common), out=(out, inner))
+    adapter = masks(n) * np.concatenate([wide(low)[part] @ wide(up)[g].T for g, part in enumerate(parts)])
+    want = adapter + np.concatenate([wide(x)[part] @ wide(weight)[g].T for g, part in enumerate(parts)])
+    close(inner, want, 1e-6)
+    close(out, want * wide(scale) + np.concatenate([np.tile(wide(bias)[g], (part.stop - part.start, 1)) for g, part in enumerate(parts)]), 1e-6)
+    grads = unwritten(groups, n, k)
+    fields = given(a=dy, b=x, out=grads, m=n, n=k, a_stride=n, b_stride=k, b_dropout=abi.Dropout(0, 0, 4, k + 2, 90))
+    emulator.call("mswift_outer", outer(**fields, **common), out=(grads,))
+    dropped = wide(rounded(wide(x) * masks(k)))
+    close(grads, np.stack([wide(dy)[part].T @ dropped[part] for part in parts]), 1e-6)
+
+
+def drop(emulator: Emulator, random: np.random.Generator) -> None:
+    """A mask by itself, fp32 and bf16, whole packs and not; an element that is dropped is 0 whatever it was."""
+    for dtype, cols in product((np.float32, np.uint16), (16, 13)):
+        x = random.normal(size=(5, cols)).astype(np.float32) if dtype == np.float32 else some(random, 5, cols)
+        mask, out = abi.Dropout(seed=2**33 + 1, first_row=2, first_column=5, full_width=cols + 4, threshold=120), unwritten(5, cols, dtype=dtype)
+        factors = mask_of(5, cols, mask)
+        x[factors == 0] = np.nan if dtype == np.float32 else 0x7FC0
+        emulator.call("mswift_drop", int(dtype == np.uint16), x, out, 5, cols, ctypes.addressof(mask), out=(out,))
+        close(out, np.where(factors == 0, 0, wide(x) * factors), 1e-6)
 
 
 def weight_gradient(emulator: Emulator, random: np.random.Generator) -> None:
@@ -159,4 +205,4 @@ def quantised(emulator: Emulator, random: np.random.Generator) -> None:
         close(out, wide(x) @ (weight if columns else weight.T), 1e-6)
 
 
-CASES = {case.__name__: case for case in (plain_linear, accumulation, lora, grouped, weight_gradient, quantised)}
+CASES = {case.__name__: case for case in (plain_linear, accumulation, lora, grouped, drop, weight_gradient, quantised)}

@@ -43,6 +43,12 @@ FAULTS = {
     21: ("a chunk far above its reference is not done again", "sweep", "assert|finite"),
     22: ("a repaired chunk is scaled as if it were not", "sweep", "assert|finite"),
     23: ("some lanes leave before a shuffle", "permute", "left|have left"),
+    27: ("sums on chip not brought to the new reference", "sweep_on_chip", "assert"),
+    28: ("partial logits read before all warps wrote theirs", "sweep_on_chip", "race|nobody has written"),
+    29: ("probabilities on chip read before they are there", "gradient_on_chip", "race|nobody has written"),
+    30: ("parts on chip joined without regard for their maxima", "sweep_on_chip", "assert"),
+    25: ("rows of a group's mask counted from the first of all", "grouped", "off by"),
+    26: ("the same in the gradient of a weight", "grouped", "off by"),
     24: ("tiles stored without the swizzle that they are read with", "plain_linear", "off by"),
 }
 

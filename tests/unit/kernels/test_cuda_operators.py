@@ -103,11 +103,56 @@ def test_the_head(emulated: Emulated) -> None:
         assert relative(grad, other) < max(1.5 * relative(reference, other), 4e-3)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("adapters", [0, 3])
+def test_a_linear_layer_with_adapters(emulated: Emulated, dora: bool, adapters: int) -> None:
+    """All products of both directions, with a dropped-out input that is some columns of a wider one, against float64."""
+    tokens, inside, outside, ranks, scale = 20, 40, 72, 6, 0.5
+    x, weight, bias, a, b, grad = (
+        draw(*shape, seed=i, dtype=BF16)
+        for i, shape in enumerate(((tokens, inside), (outside, inside), (outside,), (ranks, inside), (outside, ranks), (tokens, outside)))
+    )
+    factor = draw(outside, seed=7).abs() + 0.5 if dora else None
+    ids = torch.arange(tokens) % 4 - 1 if adapters else None
+    dropout = [64, 77, 5, 8, 8 + inside - 2]
+    ops, before = torch.ops.mswift, emulated.launches()
+    mask = ops.lora_dropout(torch.ones(tokens, inside), dropout)
+    assert mask.unique().tolist() == pytest.approx([0.0, 256 / 192])
+    assert not mask[:, -2:].any(), "columns beyond the full width"
+    assert torch.equal(ops.lora_dropout(x, dropout), (x.float() * mask).to(BF16))
+    assert torch.equal(ops.lora_dropout(x, [0, 1, 0, 0, 99]), x)
+    out, low, inner = ops.lora_linear(x, weight, bias, a, b, factor, ids, max(adapters, 1), scale, dropout)
+    grad_x, grad_low = ops.lora_linear_grad_input(grad, weight, a, b, factor, ids, max(adapters, 1), scale, dropout, True)
+    nothing, again = ops.lora_linear_grad_input(grad, weight, a, b, factor, ids, max(adapters, 1), scale, dropout, False)
+    grads = ops.lora_linear_grad_factors(grad, x, low, grad_low, factor, inner, dropout)
+    assert emulated.launches() - before == 9 + dora * 2
+
+    wide = [part.double().requires_grad_() for part in (x, a, b)]
+    own = torch.ones(tokens, ranks, dtype=torch.float64) if ids is None else (torch.arange(ranks) // 2 == ids[:, None]).double()
+    want_low = scale * own * ((wide[0] * mask.double()) @ wide[1].T)
+    want_factor = torch.ones(outside, dtype=torch.float64).requires_grad_() if factor is None else factor.double().requires_grad_()
+    want_inner = wide[0] @ weight.double().T + want_low @ wide[2].T
+    wanted = want_factor * want_inner + bias.double()
+    want_x, want_a, want_b, want_scale = torch.autograd.grad(wanted, [*wide, want_factor], grad.double())
+    pairs = [(out, wanted), (low, want_low), (grad_x, want_x), (grads[0], want_a), (grads[1], want_b)]
+    pairs += [(inner, want_inner), (grads[2], want_scale)] if dora else []
+    for mine, other in pairs:
+        assert relative(mine, other.detach()) < 6e-3
+    assert inner.shape == (tokens if dora else 0, outside)
+    assert grads[2].shape == (outside if dora else 0,)
+    assert torch.equal(again, grad_low)
+    assert nothing.shape == (0, inside)
+
+
 def test_what_kernels_do_not_take_is_refused_by_name(emulated: Emulated) -> None:
     x = draw(3, 1, 2, 8)
     ops = torch.ops.mswift
     for call, message in (
         (lambda: ops.rms_norm(x, x[0, 0, 0, :4], 1e-5, False), "weight must be"),
+        (lambda: ops.lora_dropout(x[0, 0], [256, 0, 0, 0, 8]), "dropout: got"),
+        (lambda: ops.lora_dropout(x[0, 0], [1]), "dropout: got"),
+        (lambda: ops.lora_linear(x[0, 0], x[0, 0], None, x[0, 0], x[0, 0], None, None, 1, 1.0, [0] * 5), "wanted weight"),
+        (lambda: ops.lora_linear(x[0, 0], x[0, 0], None, x[0, 0], x[0, 0, :, :2], None, None, 1, 1.0, [0] * 5), "wanted bfloat16"),
         (lambda: ops.rms_norm(x, x[0, 0, 0].to(BF16), 1e-5, False), "of its dtype"),
         (lambda: ops.gated_activation(x[..., :3], 1.0, 0.0, 1.0, 0.0), "gate and up side by side"),
         (lambda: ops.gated_activation(x, 1.0, 0.0, -1.0, 0.0), "limit must be above 0"),
