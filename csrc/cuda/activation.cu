@@ -17,10 +17,10 @@ struct Gated {
 __device__ __forceinline__ float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
 
 // value of the activation and its slope; what is not a number stays so
-__device__ __forceinline__ void activate(const Gated& g, float gate, float& value, float& slope) {
+template <int KIND> __device__ __forceinline__ void activate(const Gated& g, float gate, float& value, float& slope) {
   const bool above = gate > g.limit;
   const float x = above ? g.limit : gate;
-  if (g.kind == ERF) {
+  if (KIND == ERF) {
     const float share = 0.5f * (1.0f + erff(x * 0.7071067812f));
     value = x * share, slope = share + x * 0.3989422804f * fast_exp(-0.5f * x * x);
   } else {
@@ -37,7 +37,7 @@ __device__ __forceinline__ float multiplier(const Gated& g, float up, float& slo
   return (outside ? copysignf(g.limit, up) : up) + g.offset;
 }
 
-template <class T, bool BACKWARD> __global__ void __launch_bounds__(THREADS) gated(const Gated g) {
+template <class T, bool BACKWARD, int KIND> __global__ void __launch_bounds__(THREADS, 4) gated(const Gated g) {
   constexpr int P = Pack<T>::SIZE;
   const int64_t packs = (g.cols + P - 1) / P, index = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (index >= packs * g.rows - (FAULT(5) ? 1 : 0)) return;
@@ -49,7 +49,7 @@ template <class T, bool BACKWARD> __global__ void __launch_bounds__(THREADS) gat
 #pragma unroll
   for (int i = 0; i < P; i++) {
     float value, slope, up_slope;
-    activate(g, gate[i], value, slope);
+    activate<KIND>(g, gate[i], value, slope);
     const float factor = multiplier(g, up[i], up_slope);
     out[i] = BACKWARD ? dy[i] * factor * slope : value * factor;
     if (BACKWARD) up[i] = dy[i] * value * up_slope;
@@ -70,7 +70,8 @@ template <class T, bool BACKWARD> int run(Gated g, void* stream) {
            wide_rows<T>(g.dup, 0);
   if (FAULT(6)) g.wide = true;
   const dim3 grid(static_cast<unsigned>((packs + THREADS - 1) / THREADS));
-  return launch(gated<T, BACKWARD>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), g);
+  return g.kind == ERF ? launch(gated<T, BACKWARD, ERF>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), g)
+                       : launch(gated<T, BACKWARD, SIGMOID>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), g);
 }
 
 template <class T> __global__ void __launch_bounds__(THREADS) drop(const T* x, T* out, int64_t rows, int64_t cols, const Dropout mask, bool wide) {

@@ -27,8 +27,18 @@ struct Row {
   float reference, top, sum, spread, total, label_logit;  // sums relative to the reference
 };
 
+// Loops that are not unrolled leave the registers to the gradient.
+template <int ROWS, int CH> __device__ __forceinline__ void fetch_rows(SharedPtr<Chunk> tile, const Matrix& m, int64_t row0) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < ROWS * CH; i += THREADS) {
+    const int r = i / CH, c = i % CH;
+    Plain{m}.fetch(tile, place<CH>(r, c), row0 + r, c * 8);
+  }
+}
+
 template <int CH> __device__ __forceinline__ void logits_of_tile(float (&s)[2][4][4], SharedPtr<Chunk> own, SharedPtr<Chunk> other, int steps) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, m = warp % 2 * 32;
+#pragma unroll 1
   for (int step = warp / 2; step < steps; step += GROUPS) {
     uint32_t left[2][4], right[4][2];
 #pragma unroll
@@ -58,7 +68,7 @@ __device__ __forceinline__ void share_logits(const float (&s)[2][4][4], SharedPt
 
 template <int CH, int NF> __device__ __forceinline__ void add_gradient(float (&acc)[MF][NF][4], SharedPtr<Chunk> values, SharedPtr<Chunk> other) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-#pragma unroll
+#pragma unroll 1
   for (int k = 0; k < BN; k += 16) {
     uint32_t left[MF][4];
 #pragma unroll
@@ -156,8 +166,8 @@ template <int ROLE, int NF> __global__ void __launch_bounds__(THREADS, 1) head_r
   const int count = static_cast<int>((h.other.rows + BN - 1) / BN), share = (count + gridDim.y - 1) / gridDim.y;
   const int begin = blockIdx.y * share, end = min(count, begin + share);
   const int64_t label = ROLE != TO_WEIGHT && mine < h.tokens ? load(h.labels + mine) - h.first : -1;
-  auto fill = [&](int tile) { fetch_tile<BN, CH, THREADS>(tiles + tile % 2 * (BN * CH), Plain{h.other}, static_cast<int64_t>(tile) * BN, 0); };
-  fetch_tile<BM, CH, THREADS>(own, Plain{h.own}, row0, 0);
+  auto fill = [&](int tile) { fetch_rows<BN, CH>(tiles + tile % 2 * (BN * CH), h.other, static_cast<int64_t>(tile) * BN); };
+  fetch_rows<BM, CH>(own, h.own, row0);
   if (begin < end) fill(begin);
   copy_commit();
   float acc[MF][NF][4] = {}, bias_sum = 0.0f;

@@ -9,12 +9,12 @@ the operator; the least: inputs and outputs of the operator once. Operations: th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mswift.kernels import cuda_abi as abi
-from tests.unit.csrc.emulator import Emulator, build, head, linear, outer, rounded, unwritten
+from tests.unit.csrc.emulator import Emulator, build, head, linear, outer, rounded, unwritten, wide
 
 
 class Cost(NamedTuple):
@@ -36,7 +36,7 @@ class Cost(NamedTuple):
 
 HEADER = (
     "| operator (bf16) | size | MB | least | ratio | MFLOP | least | ratio |\n|---|---|---|---|---|---|---|---|",
-    "The products with a vocabulary move more than their inputs and outputs: probabilities go through memory in bf16, chunk by chunk.",
+    "Beyond a hidden size of 640 probabilities go through memory in bf16, chunk by chunk.",
 )
 
 
@@ -127,27 +127,43 @@ def lora(meter: Meter) -> Iterator[Cost]:
     yield meter.cost("its gradients", size, backward, least, base + 2 * adapter)
 
 
-def heads(meter: Meter) -> Iterator[Cost]:
-    tokens, hidden, vocab, chunk = 256, 256, 3072, 1024
-    x, weight, labels = half(tokens, hidden), half(vocab, hidden), np.arange(tokens)
+def heads_on_chip(meter: Meter) -> Iterator[Cost]:
+    return head_of(meter, 256, 256, 3072)
+
+
+def heads_by_chunks(meter: Meter) -> Iterator[Cost]:
+    return head_of(meter, 256, 768, 2048)
+
+
+def head_of(meter: Meter, tokens: int, hidden: int, vocab: int) -> Iterator[Cost]:
+    """By the kernels that a head of this hidden size takes."""
+    chunk, on_chip = 1024, meter.emulator.functions["mswift_head_on_chip"](hidden) == 1
+    x, weight, labels = half(tokens, hidden), rounded(wide(half(vocab, hidden)) / hidden**0.5), np.arange(tokens)
     structure = head(x=x, weight=weight, labels=labels, tokens=tokens, hidden=hidden, vocab=vocab, size=vocab)
-    stats, partial, reference, acc = unwritten(5, tokens), unwritten(8, 5, tokens), unwritten(tokens), unwritten(tokens, hidden)
-    scratch, factors, flags = empty(tokens, chunk), unwritten(2, tokens), unwritten(2, dtype=np.int32)
+    stats, partial, acc, scratch = unwritten(5, tokens), unwritten(8, 5, tokens), unwritten(tokens, hidden), empty(tokens, chunk)
     size, product, least = f"{tokens} x {hidden}, vocabulary {vocab}", 2 * tokens * hidden * vocab, 2 * hidden * (tokens + vocab) + 28 * tokens
-    arguments = ("mswift_head_statistics", structure, stats, partial, 8)
-    yield meter.cost("loss, forward only", size, lambda e: e.call(*arguments, out=(stats, partial)), least, product)
-    sweep = ("mswift_head_sweep", structure, stats, reference, acc, scratch, chunk, partial, 8, factors, flags)
-    outputs = (stats, reference, acc, scratch, partial, factors, flags)
-    yield meter.cost("loss and input gradient, frozen head", size, lambda e: e.call(*sweep, out=outputs), least + 4 * tokens * hidden, 2 * product)
+    if on_chip:
+        arguments: tuple[Any, ...] = ("mswift_head_statistics", structure, stats, partial, 8)
+        yield meter.cost("loss, forward only", size, lambda e: e.call(*arguments, out=(stats, partial)), least, product)
+        sweep: tuple[Any, ...] = ("mswift_head_sweep_on_chip", structure, stats, acc, None, None, 1)
+        outputs: tuple[np.ndarray, ...] = (stats, acc)
+    else:
+        reference, factors, flags = unwritten(tokens), unwritten(2, tokens), unwritten(2, dtype=np.int32)
+        sweep = ("mswift_head_sweep", structure, stats, reference, acc, scratch, chunk, partial, 8, factors, flags)
+        outputs = (stats, reference, acc, scratch, partial, factors, flags)
+    yield meter.cost("loss and input gradient", size, lambda e: e.call(*sweep, out=outputs), least + 4 * tokens * hidden, 2 * product)
     lse, coefficients, dweight = np.full(tokens, 10, dtype=np.float32), np.ones((4, tokens), dtype=np.float32), empty(vocab, hidden)
-    back = ("mswift_head_gradient", structure, lse, coefficients, scratch, chunk, acc, dweight, 1, 0, None, None)
-    least += 4 * tokens * hidden + 2 * vocab * hidden
-    yield meter.cost("both gradients, trained head", size, lambda e: e.call(*back, out=(scratch, acc, dweight)), least, 3 * product)
+    if on_chip:
+        back: tuple[Any, ...] = ("mswift_head_gradient_on_chip", structure, lse, coefficients, None, None, 1, dweight, 1, 0, None)
+    else:
+        back = ("mswift_head_gradient", structure, lse, coefficients, scratch, chunk, None, dweight, 1, 0, None, None)
+    least += 2 * vocab * hidden
+    yield meter.cost("weight gradient, trained head", size, lambda e: e.call(*back, out=(scratch, dweight)), least, 2 * product)
 
 
 def table() -> list[Cost]:
     meter = Meter()
-    return [cost for part in (norms, element_wise, lora, heads) for cost in part(meter)]
+    return [cost for part in (norms, element_wise, lora, heads_on_chip, heads_by_chunks) for cost in part(meter)]
 
 
 if __name__ == "__main__":

@@ -35,4 +35,5 @@ def test_rows_and_elements() -> None:
 def test_products() -> None:
     meter = costs.Meter()
     assert check(costs.lora(meter), bytes_too=False) == 2
-    assert check(costs.heads(meter), bytes_too=False) == 3
+    assert check(costs.heads_on_chip(meter), bytes_too=True) == 3
+    assert check(costs.heads_by_chunks(meter), bytes_too=False) == 2
