@@ -34,7 +34,8 @@ class Mask(NamedTuple):
         """As the operators' schemas tell it; None where nothing is dropped."""
         if len(dropout) != 5 or not 0 <= dropout[0] < 256:
             raise RuntimeError(f"dropout: got {list(dropout)}, wanted [threshold below 256, seed, first row, first column, full width]")
-        return Mask(*dropout) if dropout[0] else None
+        threshold, seed, first_row, first_column, full_width = dropout
+        return Mask(threshold, seed, first_row, first_column, full_width) if threshold else None
 
     def argument(self) -> abi.Dropout:
         return abi.Dropout(self.seed, self.first_row, self.first_column, self.full_width, self.threshold)
