@@ -1,9 +1,13 @@
-"""Tokens per second of LoRA fine-tuning: the Megatron engine beside transformers + peft, at the same shapes, step by step in turn.
+"""Tokens per second and peak memory of LoRA fine-tuning: the Megatron engine beside transformers + peft, at the same shapes, step by step in turn.
 
-Each side lives in a process of its own (the CPU runtime of one must not serve the other) and waits while the other one computes. The last
-line is JSON: rows of ``name, ours, peer, peer_name, ratio`` (tokens/s; ratio of the medians of the pairs).
+Every side lives in processes of its own, and waits while another one computes. ``1x2`` is one process with two threads, ``2x1`` two
+data-parallel processes with one thread each (the peer: torch's DistributedDataParallel over gloo). Ours starts with the settings that the
+launcher of mswift gives it, the peer with those that its user has. Beside both run the bare matrix products of the step, which no engine can
+leave out: `limit`. Memory is the largest resident set of each process, summed, from its start to its end. The last line is JSON: rows of
+``name, ours, peer, peer_name, ratio, limit, limit_ratio, ours_mib, peer_mib, memory_ratio`` (tokens/s; ratios: ours / the other, medians of
+the rounds; of memory: ours / peer).
 
-Usage: python benchmarks/sft.py --model DIR [--dtypes float32 bfloat16] [--pairs 5] [--batch 2] [--length 512] [--labelled 1.0 0.4]
+Usage: python benchmarks/sft.py --model DIR [--only bfloat16/40%/1x2 ...] [--rounds 7] [--ms-swift PYTHON]
 """
 
 from __future__ import annotations
@@ -12,136 +16,135 @@ import argparse
 import json
 import multiprocessing
 import os
+import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-RANK, ALPHA, LEARNING_RATE, SEED = 8, 32, 1e-4, 0
+from sides import SIDES, Case
+
+from mswift.launch import plan
+
+PLACES = {"1x2": (1, 2), "2x1": (2, 1)}
+"""Name -> processes, threads of each."""
 
 
-def make_batch(vocab: int, batch: int, length: int, labelled: float) -> tuple[Any, Any]:
-    """Random tokens ``[b, s + 1]`` and which of them are labels, the same on both sides."""
-    import torch
-
-    generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(0, vocab, (batch, length + 1), generator=generator)
-    return ids, torch.rand(batch, length, generator=generator) < labelled
+def peak_mib() -> float:
+    status = Path("/proc/self/status").read_text(encoding="utf8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
-def ours(model: Path, dtype: str, batch: int, length: int, labelled: float) -> Callable[[int], float]:
-    """A function that does one optimizer step with the Megatron engine and returns its loss."""
-    import torch
-
-    from mswift.data.batches import IGNORED_LABEL, MicroBatch
-    from mswift.engines.megatron import MegatronEngine, OptimizerSettings
-    from mswift.engines.megatron_model import BuildSettings, MegatronModel
-    from mswift.objectives.sft import SupervisedObjective
-    from mswift.parallel.groups import make_groups
-    from mswift.parallel.layout import ParallelLayout
-    from mswift.runtime.device import init_processes, select
-    from mswift.tuners.lora import LoraSettings
-
-    runtime = select("cpu")
-    init_processes(runtime)
-    built = MegatronModel(BuildSettings(model, dtype=dtype), make_groups(ParallelLayout()), runtime)
-    built.add_lora(LoraSettings(rank=RANK, alpha=ALPHA, dropout=0.0))
-    engine = MegatronEngine(built, OptimizerSettings(learning_rate=LEARNING_RATE, weight_decay=0.0), seed=SEED, source=str(model))
-    ids, chosen = make_batch(built.description.vocab_size, batch, length, labelled)
-    labels = ids[:, 1:].masked_fill(~chosen, IGNORED_LABEL)
-    positions = torch.arange(length).expand(batch, -1).contiguous()
-    micro = MicroBatch(ids[:, :-1].contiguous(), labels, chosen.float(), positions, 0, batch * length, list(range(batch)))
-    objective = SupervisedObjective()
-    return lambda step: engine.train_step([micro], objective, step=step, learning_rate=LEARNING_RATE).loss
-
-
-def peer(model: Path, dtype: str, batch: int, length: int, labelled: float) -> Callable[[int], float]:
-    """The same with transformers (SDPA) and peft, gradient clipping included."""
-    import torch
-    import transformers
-    from peft import LoraConfig, get_peft_model
-
-    transformers.utils.logging.set_verbosity_error()
-    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    tuned = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
-    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-    ids, chosen = make_batch(base.config.vocab_size, batch, length, labelled)
-    labels = torch.cat([torch.full((batch, 1), -100), ids[:, 1:].masked_fill(~chosen, -100)], dim=1)[:, : length + 1]
-    tuned.train()
-
-    def step(_number: int) -> float:
-        loss = tuned(input_ids=ids[:, : length + 1], labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss)
-
-    return step
-
-
-def serve(pipe: Connection, make: Callable[..., Callable[[int], float]], arguments: tuple[Any, ...]) -> None:
-    """Build one side, then answer every number received with (seconds, loss) of one step."""
-    step = make(*arguments)
+def serve(pipe: Connection, name: str, case: Case, env: dict[str, str]) -> None:
+    """Build one process of a side, then answer every number received with the loss of one step; at the end with its memory."""
+    os.environ.update(env)
+    step = SIDES[name](case)
     pipe.send("ready")
     while (number := pipe.recv()) is not None:
+        pipe.send(step(number))
+    pipe.send(peak_mib())
+
+
+class Side:
+    """The processes of one side."""
+
+    def __init__(self, name: str, case: Case, place: str) -> None:
+        processes, threads = PLACES[place]
+        self.pipes: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        self.losses: list[float] = []
+        context = multiprocessing.get_context("spawn")
+        outer = dict(os.environ)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a process starts, as the allocator's settings are
+        if name == "mswift":
+            found = plan("sft", [], {**os.environ, "NPROC_PER_NODE": str(processes)}, processes * threads)
+            os.environ.update(found.env if found is not None else {})
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        for rank in range(processes):
+            here, there = context.Pipe()
+            env = {**common, "RANK": str(rank)} if processes > 1 else {}
+            process = context.Process(target=serve, args=(there, name, case, env), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+        os.environ.clear()
+        os.environ.update(outer)
+        for pipe in self.pipes:
+            pipe.recv()
+
+    def step(self, number: int) -> float:
+        """Seconds until the last process is done."""
         start = time.perf_counter()
-        loss = step(number)
-        pipe.send((time.perf_counter() - start, loss))
-
-
-def compare(model: Path, dtype: str, batch: int, length: int, labelled: float, pairs: int) -> dict[str, Any]:
-    """Run both sides in turn; the first step of each is a warm-up and not counted."""
-    context = multiprocessing.get_context("spawn")
-    sides = []
-    for make in (ours, peer):
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(there, make, (model, dtype, batch, length, labelled)), daemon=True)
-        process.start()
-        assert here.recv() == "ready"
-        sides.append((here, process))
-    times: list[list[float]] = [[], []]
-    losses: list[list[float]] = [[], []]
-    for number in range(pairs + 1):
-        for side, (pipe, _) in enumerate(sides):
+        for pipe in self.pipes:
             pipe.send(number)
-            seconds, loss = pipe.recv()
-            losses[side].append(loss)
+        losses = [pipe.recv() for pipe in self.pipes]
+        self.losses.append(losses[0])
+        return time.perf_counter() - start
+
+    def end(self) -> float:
+        """MiB of all processes."""
+        for pipe in self.pipes:
+            pipe.send(None)
+        memory = sum(pipe.recv() for pipe in self.pipes)
+        for process in self.processes:
+            process.join()
+        return memory
+
+
+def compare(name: str, case: Case, place: str, rounds: int) -> dict[str, Any]:
+    """All sides in turn; the first step of each is a warm-up and not counted."""
+    sides = {label: Side(label, case, place) for label in SIDES}
+    times: dict[str, list[float]] = {label: [] for label in sides}
+    for number in range(rounds + 1):
+        for label, side in sides.items():
+            seconds = side.step(number)
             if number:
-                times[side].append(seconds)
-        print(f"{dtype} {labelled:.0%} labelled, pair {number}/{pairs}: losses {losses[0][-1]:.5f} {losses[1][-1]:.5f}", file=sys.stderr)
-    for pipe, process in sides:
-        pipe.send(None)
-        process.join()
-    tokens = batch * length
-    mine, other = (tokens / statistics.median(side) for side in times)
-    ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-    name = f"lora r{RANK} {dtype} {batch}x{length} {labelled:.0%} labelled tokens/s"
-    return {"name": name, "ours": round(mine, 1), "peer": round(other, 1), "peer_name": "transformers+peft", "ratio": round(ratio, 3)}
+                times[label].append(seconds)
+        told = "  ".join(f"{label} {side.losses[-1]:.4f}" for label, side in sides.items() if any(side.losses))
+        print(f"{name} {number}/{rounds}: losses {told}", file=sys.stderr, flush=True)
+    memory = {label: side.end() for label, side in sides.items()}
+
+    def speed(label: str) -> float:
+        return round(case.tokens / statistics.median(times[label]), 1)
+
+    def ratio(label: str) -> float:
+        return round(statistics.median(other / own for own, other in zip(times["mswift"], times[label], strict=True)), 3)
+
+    other, bare = "transformers+peft", "bare products"
+    row: dict[str, Any] = {"name": name, "ours": speed("mswift"), "peer": speed(other), "peer_name": other, "ratio": ratio(other)}
+    row |= {"limit": speed(bare), "limit_ratio": ratio(bare), "ours_mib": round(memory["mswift"]), "peer_mib": round(memory[other])}
+    return {**row, "memory_ratio": round(memory["mswift"] / memory[other], 3)}
+
+
+def cases(base: Case) -> Iterator[tuple[str, Case, str]]:
+    for dtype in ("bfloat16", "float32"):
+        for labelled in (0.4, 1.0):
+            for place in PLACES:
+                yield f"{dtype}/{labelled:.0%}/{place}", replace(base, dtype=dtype, labelled=labelled), place
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="default: %(default)s")
-    parser.add_argument("--labelled", nargs="+", type=float, default=[1.0, 0.4], help="shares of labelled tokens (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=5, help="counted pairs of steps (default: %(default)s)")
+    parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names of cases, such as bfloat16/40%%/1x2 (default: all)")
+    parser.add_argument("--rounds", type=int, default=7, help="counted steps of each side (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="rows (default: %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens a row (default: %(default)s)")
-    arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    rows = [
-        compare(arguments.model, dtype, arguments.batch, arguments.length, labelled, arguments.pairs)
-        for dtype in arguments.dtypes
-        for labelled in arguments.labelled
-    ]
-    print(f"{'':52}{'mswift':>10}{'peer':>10}{'ratio':>8}")
-    for row in rows:
-        print(f"{row['name']:52}{row['ours']:>10}{row['peer']:>10}{row['ratio']:>8}")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="of our side, where it has two processes (default: %(default)s)")
+    options = parser.parse_args()
+    base = Case(options.model, "bfloat16", options.batch, options.length, tensor_parallel=options.tensor_parallel)
+    rows = []
+    for name, case, place in cases(base):
+        if name.startswith(tuple(options.only)):
+            rows.append(compare(name, case, place, options.rounds))
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     print(json.dumps(rows))
 
 

@@ -51,7 +51,8 @@ TORCH_LIBRARY(mswift, m) {
   m.def("grouped_outer(Tensor a, Tensor b, Tensor counts, Tensor? seeds, int threshold, int first_column, int full_width) -> Tensor");
   // between the products
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor rstd)");
-  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool zero_centred) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor sum, Tensor rstd)");
+  m.def("rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor rstd, bool zero_centred) -> Tensor");
   m.def("gated_activation(Tensor x, float slope, float cubic, float limit, float offset) -> Tensor");
   m.def("gated_activation_backward(Tensor grad, Tensor x, float slope, float cubic, float limit, float offset) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, bool interleaved, bool back) -> Tensor");

@@ -3,20 +3,21 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "common/isa.h"
+#include "cpu/vec.h"
 
 namespace mswift::elementwise {
 
 using at::Tensor;
 
-constexpr int kLanes = 16;
-
 /// gate(a, b) = a * sigmoid(slope * a * (1 + cubic * a^2)) * (b + offset), a at most `limit`, b within +-limit: silu, gpt-oss's gate (slope 1.702)
 /// and gelu by tanh (slope 2 * sqrt(2 / pi), cubic 0.044715).
 struct Gate {
   float slope, cubic, limit, offset;
+  bool is_silu;  // silu without limit and offset: shorter
 };
 
 #define MSWIFT_SCALARS                                                                                                \
@@ -29,52 +30,39 @@ struct Gate {
     const uint32_t bits = to_bits(x);                                                                                 \
     *to = static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                     \
   }                                                                                                                   \
-  static inline float least(float a, float b) { return b < a ? b : a; } /* a if it is NaN */                                            \
-  static inline float most(float a, float b) { return b > a ? b : a; }                                                \
-  static inline float sum_of_lanes(const float* lanes) {                                                              \
-    float sum = 0.0f;                                                                                                 \
-    for (int i = 0; i < kLanes; i++) sum += lanes[i];                                                                 \
-    return sum;                                                                                                       \
-  }                                                                                                                   \
-  static inline float sigmoid(float u) { /* exp(-u) to about 1 ulp */                                                 \
-    const float x = least(most(-u, -87.0f), 87.0f), n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;                \
-    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;                                                      \
-    float p = 1.9875691500e-4f;                                                                                       \
-    p = p * r + 1.3981999507e-3f;                                                                                     \
-    p = p * r + 8.3334519073e-3f;                                                                                     \
-    p = p * r + 4.1665795894e-2f;                                                                                     \
-    p = p * r + 1.6666665459e-1f;                                                                                     \
-    p = p * r + 5.0000001201e-1f;                                                                                     \
-    const float e = (p * r * r + r + 1.0f) * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);   \
-    return 1.0f / (1.0f + e);                                                                                         \
-  }
+  static inline void put(float* to, V x) { store(to, x); }
 
 MSWIFT_TARGET_AVX2
 namespace avx2 {
+using namespace mswift::avx2;
 MSWIFT_SCALARS
-#define MSWIFT_VALUE float
-#include "cpu/rows.h"
-#undef MSWIFT_VALUE
-#define MSWIFT_VALUE uint16_t
-#include "cpu/rows.h"
-#undef MSWIFT_VALUE
+static inline void put(uint16_t* to, V x) { store(to, x); }
+#include "cpu/rows.inc"
 }  // namespace avx2
 MSWIFT_TARGET_END
 
 MSWIFT_TARGET_AVX512
 namespace avx512 {
+using namespace mswift::avx512;
 MSWIFT_SCALARS
-#define MSWIFT_VALUE float
-#include "cpu/rows.h"
-#undef MSWIFT_VALUE
-#define MSWIFT_VALUE uint16_t
-#include "cpu/rows.h"
-#undef MSWIFT_VALUE
+static inline void put(uint16_t* to, V x) { store(to, x); }
+#include "cpu/rows.inc"
 }  // namespace avx512
 MSWIFT_TARGET_END
 
-// A row function for this processor and type; `Value` is float or uint16_t.
-#define MSWIFT_ROW(function, ...) (at_least(Isa::avx512) ? avx512::function(__VA_ARGS__) : avx2::function(__VA_ARGS__))
+MSWIFT_TARGET_AVX512_BF16
+namespace avx512_bf16 {  // one instruction rounds 16 values
+using namespace mswift::avx512;
+MSWIFT_SCALARS
+static inline void put(uint16_t* to, V x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v)); }
+#include "cpu/rows.inc"
+}  // namespace avx512_bf16
+MSWIFT_TARGET_END
+
+// A row function for this processor.
+#define MSWIFT_ROW(function, ...)                                            \
+  (at_least(Isa::avx512_bf16) ? avx512_bf16::function(__VA_ARGS__)           \
+                              : at_least(Isa::avx512) ? avx512::function(__VA_ARGS__) : avx2::function(__VA_ARGS__))
 
 template <class Value>
 const Value* data_of(const Tensor& x) { return static_cast<const Value*>(x.const_data_ptr()); }
@@ -104,30 +92,58 @@ static Tensor factors(const Tensor& weight, bool zero_centred) {
   return zero_centred ? wide + 1.0 : wide;
 }
 
-static std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& weight, double eps, bool zero_centred) {
-  TORCH_CHECK(x_.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x_.size(-1), "rms_norm: weight must be [hidden] of x, got ", weight.sizes());
-  const Tensor x = x_.contiguous(), w = factors(weight, zero_centred);
+static void normalise(const Tensor& x, const Tensor* residual, const Tensor& w, double eps, Tensor* sum, Tensor& y, Tensor& rstd) {
   const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
-  Tensor y = at::empty(x.sizes(), x.options()), rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
   by_type(x, "rms_norm", [&](auto value) {
     using Value = decltype(value);
+    const Value* added = residual ? data_of<Value>(*residual) : nullptr;
+    Value* kept = sum ? data_of<Value>(*sum) : nullptr;
     over_rows(rows, n, [&](int64_t r) {
-      MSWIFT_ROW(rms_norm_row, data_of<Value>(x) + r * n, data_of<float>(w), n, static_cast<float>(eps), data_of<Value>(y) + r * n, data_of<float>(rstd) + r);
+      const auto at = r * n;
+      MSWIFT_ROW(
+          rms_norm_row, data_of<Value>(x) + at, added ? added + at : nullptr, data_of<float>(w), n, static_cast<float>(eps), kept ? kept + at : nullptr,
+          data_of<Value>(y) + at, data_of<float>(rstd) + r);
     });
   });
+}
+
+static void check_norm(const Tensor& x, const Tensor& weight, const char* name) {
+  TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(-1), name, ": weight must be [hidden] of x, got ", weight.sizes());
+}
+
+static std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& weight, double eps, bool zero_centred) {
+  check_norm(x_, weight, "rms_norm");
+  const Tensor x = x_.contiguous(), w = factors(weight, zero_centred);
+  Tensor y = at::empty(x.sizes(), x.options()), rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  normalise(x, nullptr, w, eps, nullptr, y, rstd);
   return {y, rstd};
 }
 
-static Tensor rms_norm_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight, const Tensor& rstd, bool zero_centred) {
-  const Tensor grad = grad_.contiguous(), x = x_.contiguous(), w = factors(weight, zero_centred);
+static std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_, const Tensor& residual_, const Tensor& weight, double eps, bool zero_centred) {
+  check_norm(x_, weight, "add_rms_norm");
+  TORCH_CHECK(residual_.sizes() == x_.sizes() && residual_.scalar_type() == x_.scalar_type(), "add_rms_norm: residual must be as x, got ", residual_.sizes());
+  const Tensor x = x_.contiguous(), residual = residual_.contiguous(), w = factors(weight, zero_centred);
+  Tensor y = at::empty(x.sizes(), x.options()), sum = at::empty(x.sizes(), x.options());
+  Tensor rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  normalise(x, &residual, w, eps, &sum, y, rstd);
+  return {y, sum, rstd};
+}
+
+static Tensor rms_norm_backward(
+    const Tensor& grad_, const std::optional<Tensor>& grad_sum_, const Tensor& x_, const Tensor& weight, const Tensor& rstd, bool zero_centred) {
+  const Tensor grad = grad_.contiguous(), x = x_.contiguous(), w = factors(weight, zero_centred), grad_sum = grad_sum_ ? grad_sum_->contiguous() : Tensor();
   TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "rms_norm_backward: grad must be as x");
+  TORCH_CHECK(!grad_sum.defined() || (grad_sum.sizes() == x.sizes() && grad_sum.scalar_type() == x.scalar_type()), "rms_norm_backward: grad_sum must be as x");
   const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
   Tensor dx = at::empty(x.sizes(), x.options());
   by_type(x, "rms_norm_backward", [&](auto value) {
     using Value = decltype(value);
+    const Value* added = grad_sum.defined() ? data_of<Value>(grad_sum) : nullptr;
     over_rows(rows, n, [&](int64_t r) {
       const auto at = r * n;
-      MSWIFT_ROW(rms_norm_backward_row, data_of<Value>(grad) + at, data_of<Value>(x) + at, data_of<float>(w), n, data_of<float>(rstd)[r], data_of<Value>(dx) + at);
+      MSWIFT_ROW(
+          rms_norm_backward_row, data_of<Value>(grad) + at, added ? added + at : nullptr, data_of<Value>(x) + at, data_of<float>(w), n,
+          data_of<float>(rstd)[r], data_of<Value>(dx) + at);
     });
   });
   return dx;
@@ -135,7 +151,8 @@ static Tensor rms_norm_backward(const Tensor& grad_, const Tensor& x_, const Ten
 
 static Gate gate_of(double slope, double cubic, double limit, double offset) {
   TORCH_CHECK(limit > 0, "gated_activation: limit must be above 0, got ", limit);
-  return {static_cast<float>(slope), static_cast<float>(cubic), static_cast<float>(limit), static_cast<float>(offset)};
+  const bool is_silu = slope == 1.0 && cubic == 0.0 && std::isinf(limit) && offset == 0.0;
+  return {static_cast<float>(slope), static_cast<float>(cubic), static_cast<float>(limit), static_cast<float>(offset), is_silu};
 }
 
 static Tensor gated(const Tensor& x_, double slope, double cubic, double limit, double offset) {
@@ -187,8 +204,13 @@ static Tensor rotate(const Tensor& x_, const Tensor& table_, bool interleaved, b
       const float *cos = data_of<float>(table) + t * half, *sin = cos + s * half;
       const Value* from = data_of<Value>(x) + t * x.stride(0) + r % b * x.stride(1);
       Value* to = data_of<Value>(y) + r * heads * n;
-      for (int64_t h = 0; h < heads; h++)
-        MSWIFT_ROW(rotate_row, from + h * x.stride(2), cos, sin, half, n, interleaved, back ? -1.0f : 1.0f, to + h * n);
+      const float sign = back ? -1.0f : 1.0f;
+      for (int64_t h = 0; h < heads; h++) {
+        if (interleaved)
+          MSWIFT_ROW(rotate_pairs_row, from + h * x.stride(2), cos, sin, half, n, sign, to + h * n);
+        else
+          MSWIFT_ROW(rotate_halves_row, from + h * x.stride(2), cos, sin, half, n, sign, to + h * n);
+      }
     });
   });
   return y;
@@ -198,6 +220,7 @@ static Tensor rotate(const Tensor& x_, const Tensor& table_, bool interleaved, b
 
 TORCH_LIBRARY_IMPL(mswift, CPU, m) {
   m.impl("rms_norm", mswift::elementwise::rms_norm);
+  m.impl("add_rms_norm", mswift::elementwise::add_rms_norm);
   m.impl("rms_norm_backward", mswift::elementwise::rms_norm_backward);
   m.impl("gated_activation", mswift::elementwise::gated);
   m.impl("gated_activation_backward", mswift::elementwise::gated_backward);

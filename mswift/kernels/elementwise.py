@@ -43,6 +43,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = Fals
     return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = False) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(x + residual), x + residual)``: the sum is rounded to the dtype of `x` and then normalised, as two steps would do it."""
+    if x.dtype == residual.dtype and choice.compiled("rms_norm", x):
+        return torch.ops.mswift.add_rms_norm(x, residual, weight, eps, zero_centred)[:2]
+    total = x + residual
+    return rms_norm(total, weight, eps, zero_centred=zero_centred), total
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """``a * sigmoid(slope * a * (1 + cubic * a^2)) * (b + offset)`` with a at most `limit` and b within +-limit."""
@@ -83,22 +91,34 @@ def rotate(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
     return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result
 
 
-def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, ctx.zero_centred = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *summands, weight, _, ctx.zero_centred = inputs
+    rstd = output[-1]
+    ctx.save_for_backward(summands[0] if len(output) == 2 else output[1], weight, rstd)
+    ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
 
 
 def _norm_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None
-    x, weight, rstd = ctx.saved_tensors
-    d_weight = None
-    if ctx.needs_input_grad[1]:
-        d_weight = (grad.float() * x.float() * rstd[..., None]).flatten(0, -2).sum(0).to(weight.dtype)
-    d_x = torch.ops.mswift.rms_norm_backward(grad, x, weight, rstd, ctx.zero_centred) if ctx.needs_input_grad[0] else None
+    d_x, d_weight = _gradients_of_norm(ctx, grad, None, wanted=ctx.needs_input_grad[0], weight_wanted=ctx.needs_input_grad[1])
     return d_x, d_weight, None, None
+
+
+def _add_norm_gradients(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[:2]
+    d_sum, d_weight = _gradients_of_norm(ctx, grad, grad_sum, wanted=any(wanted), weight_wanted=ctx.needs_input_grad[2])
+    return d_sum if wanted[0] else None, d_sum if wanted[1] else None, d_weight, None, None
+
+
+def _gradients_of_norm(
+    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, *, wanted: bool, weight_wanted: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of what was normalised, and of the weight."""
+    if grad is None:
+        return grad_sum, None
+    x, weight, rstd = ctx.saved_tensors
+    d_weight = (grad.float() * x.float() * rstd[..., None]).flatten(0, -2).sum(0).to(weight.dtype) if weight_wanted else None
+    return torch.ops.mswift.rms_norm_backward(grad, grad_sum, x, weight, rstd, ctx.zero_centred) if wanted else None, d_weight
 
 
 def _keep_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,10 +147,12 @@ def _plain(x: Tensor) -> Tensor:
 def _describe() -> None:
     fake, autograd = torch.library.register_fake, torch.library.register_autograd
     fake("mswift::rms_norm", lambda x, *_: (_plain(x), x.new_empty(x.shape[:-1], dtype=torch.float32)))
-    fake("mswift::rms_norm_backward", lambda _, x, *__: _plain(x))
+    fake("mswift::add_rms_norm", lambda x, *_: (_plain(x), _plain(x), x.new_empty(x.shape[:-1], dtype=torch.float32)))
+    fake("mswift::rms_norm_backward", lambda grad, grad_sum, x, *__: _plain(x))
     fake("mswift::gated_activation", lambda x, *_: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
     fake("mswift::gated_activation_backward", lambda _, x, *__: _plain(x))
     fake("mswift::rotate", lambda x, *_: _plain(x))
     autograd("mswift::rms_norm", _norm_gradients, setup_context=_keep_norm)
+    autograd("mswift::add_rms_norm", _add_norm_gradients, setup_context=_keep_norm)
     autograd("mswift::gated_activation", _gate_gradients, setup_context=_keep_gate)
     autograd("mswift::rotate", _rotation_gradients, setup_context=_keep_rotation)

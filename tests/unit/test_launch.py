@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 import mswift
 from mswift.config import parse_command
 from mswift.errors import ConfigError, LaunchError, LayoutError
-from mswift.launch import KEEP_MALLOC, MALLOC, Topology, advice, check_port, check_processes, first_host, plan, topology
+from mswift.launch import KEEP_MALLOC, MALLOC, PRODUCT_CACHES, Topology, advice, check_port, check_processes, first_host, plan, topology
 
 PY = ("python3", "-P")
 ARGS = ("--model", "m")
 PROGRAM = (*PY, "-m", "mswift.cli", "sft", *ARGS)
-READY = {"OMP_NUM_THREADS": "2", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **MALLOC}
+FIXED = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **PRODUCT_CACHES}
+READY = {"OMP_NUM_THREADS": "2", **FIXED, **MALLOC}
 SRUN = {
     "SLURM_STEP_ID": "3",
     "SLURM_JOB_ID": "120007",
@@ -45,7 +46,7 @@ def test_one_process_restarts_once_for_its_allocator() -> None:
     made = make({})
     assert made is not None
     assert made.argv == PROGRAM
-    assert made.env == {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **MALLOC}
+    assert made.env == {"OMP_NUM_THREADS": "8", **FIXED, **MALLOC}
     assert (made.required, made.port) == (False, None)
     assert make(made.env) is None
     assert make(READY) is None
@@ -54,11 +55,14 @@ def test_one_process_restarts_once_for_its_allocator() -> None:
 def test_what_is_set_stays() -> None:
     made = make({"OMP_NUM_THREADS": "3", "MALLOC_TOP_PAD_": ""})
     assert made is not None
-    assert made.env == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | {name: value for name, value in MALLOC.items() if name != "MALLOC_TOP_PAD_"}
+    assert made.env == FIXED | {name: value for name, value in MALLOC.items() if name != "MALLOC_TOP_PAD_"}
+    own = make({"LRU_CACHE_CAPACITY": "4096", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"})
+    assert own is not None
+    assert set(own.env) == {"OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", *MALLOC}
     kept = make({KEEP_MALLOC: "1"})
     assert kept is not None
-    assert set(kept.env) == {"OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS"}
-    musl = make({"OMP_NUM_THREADS": "3", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}, glibc=False)
+    assert set(kept.env) == {"OMP_NUM_THREADS", *FIXED}
+    musl = make({"OMP_NUM_THREADS": "3", **FIXED}, glibc=False)
     assert musl is None
 
 
@@ -69,7 +73,7 @@ def test_several_processes_on_one_node() -> None:
         *(*PY, "-m", "mswift.launch", "--nproc_per_node", "4", "--standalone", "--local_addr", "127.0.0.1"),
         *("--no_python", *PY, "-u", "-m", "mswift.cli", "sft", *ARGS),
     )
-    assert made.env == {"OMP_NUM_THREADS": "2", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TOKENIZERS_PARALLELISM": "false", **MALLOC}
+    assert made.env == {"OMP_NUM_THREADS": "2", **FIXED, "TOKENIZERS_PARALLELISM": "false", **MALLOC}
     assert (made.required, made.port) == (True, None)
     worker = {"NPROC_PER_NODE": "4", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", **made.env}
     assert make(worker) is None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mswift.kernels import choice, extension
-from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, gated_activation, rms_norm, rotate
+from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate
 
 pytestmark = pytest.mark.skipif(not extension.isa_at_least("avx2"), reason="the compiled kernels are not there, or the CPU has no AVX2")
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
@@ -51,7 +51,8 @@ def check(function: Callable[..., Tensor], definition: Callable[..., Tensor], in
         parts = (out, *torch.autograd.grad(out, inputs, pull))
         errors[kernels] = [distance(*pair) for pair in zip(parts, expected, strict=True)]
     choice.select("auto")
-    assert max(errors["auto"]) < LIMITS[dtype]
+    rounding = [distance(part.detach().to(dtype), part) for part in expected]  # of few values it may exceed the limit
+    assert all(ours < max(LIMITS[dtype], 1.001 * least) for ours, least in zip(errors["auto"], rounding, strict=True))
     assert all(ours < max(1.3 * theirs, 3e-7) for ours, theirs in zip(errors["auto"], errors["reference"], strict=True))
 
 
@@ -93,6 +94,35 @@ def test_norm(rows: int, columns: int, bf16: bool, zero_centred: bool) -> None:
 
 
 @settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(9, 90), bf16=st.booleans(), zero_centred=st.booleans())
+def test_norm_of_a_sum(rows: int, columns: int, bf16: bool, zero_centred: bool) -> None:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x, residual = ((8 * draw(rows, 2, columns, seed=seed)).round().div(8).to(dtype) for seed in (0, 2))  # whose sum needs no rounding
+    weight = draw(columns, seed=1, dtype=dtype)
+    check(
+        lambda x, r, w: torch.stack(add_rms_norm(x, r, w, 1e-3, zero_centred=zero_centred)),
+        lambda x, r, w: torch.stack((norm_by_definition(x + r, 1.0 + w if zero_centred else w), x + r)),
+        [x, residual, weight],
+    )
+    normed, total = add_rms_norm(x, residual, weight, 1e-3, zero_centred=zero_centred)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, rms_norm(total, weight, 1e-3, zero_centred=zero_centred))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=["norm", "sum", "both"])
+def test_gradients_of_a_sum_and_its_norm(used: tuple[int, ...]) -> None:
+    x, residual, weight = draw(4, 33).requires_grad_(), draw(4, 33, seed=2), draw(33, seed=1).requires_grad_()
+    found, wanted = [], []
+    for kernels, grads in (("auto", found), ("reference", wanted)):
+        choice.select(kernels)
+        outputs = add_rms_norm(x, residual, weight, 1e-3)
+        loss = sum(outputs[i].square().sum() for i in used)
+        grads += torch.autograd.grad(loss, (x, weight), allow_unused=True, materialize_grads=True)
+    assert all(distance(*pair) < 1e-6 for pair in zip(found, wanted, strict=True))
+    assert bool(found[1].any()) == (0 in used)
+
+
+@settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 90), bf16=st.booleans(), name=st.sampled_from(sorted(GATES)))
 def test_gate(rows: int, columns: int, bf16: bool, name: str) -> None:
     x = 2 * draw(rows, 2, 2 * columns, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -128,9 +158,10 @@ def test_instruction_sets_and_threads_agree() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = (rms_norm(x, x[0, 0], 1e-5), gated_activation(x))
+        alone = (rms_norm(x, x[0, 0], 1e-5), gated_activation(x), *add_rms_norm(x, x.flip(0), x[0, 0], 1e-5))
         torch.set_num_threads(2)
-        assert all(torch.equal(*pair) for pair in zip(alone, (rms_norm(x, x[0, 0], 1e-5), gated_activation(x)), strict=True))
+        together = (rms_norm(x, x[0, 0], 1e-5), gated_activation(x), *add_rms_norm(x, x.flip(0), x[0, 0], 1e-5))
+        assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
     finally:
         torch.set_num_threads(threads)
 
@@ -141,6 +172,7 @@ def test_what_torch_checks_of_an_operator(dtype: torch.dtype) -> None:
     x, weight = draw(3, 2, 2, 8, dtype=dtype).requires_grad_(), draw(8, seed=1, dtype=dtype).requires_grad_()
     calls = [
         (ops.rms_norm.default, (x, weight, 1e-5, True)),
+        (ops.add_rms_norm.default, (x, x.detach().flip(0), weight, 1e-5, False)),
         (ops.gated_activation.default, (x, 1.0, 0.0, 7.0, 0.5)),
         (ops.rotate.default, (x, table_of(3, 3), False, False)),
     ]
@@ -152,6 +184,7 @@ def test_arguments_are_named_in_errors() -> None:
     x = draw(3, 1, 2, 8)
     for call, message in (
         (lambda: torch.ops.mswift.rms_norm(x, x[0, 0, 0, :4], 1e-5, False), "weight must be"),
+        (lambda: torch.ops.mswift.add_rms_norm(x, x[:2], x[0, 0, 0], 1e-5, False), "residual must be as x"),
         (lambda: torch.ops.mswift.gated_activation(x[..., :3], 1.0, 0.0, 1.0, 0.0), "gate and up side by side"),
         (lambda: torch.ops.mswift.gated_activation(x, 1.0, 0.0, -1.0, 0.0), "limit must be above 0"),
         (lambda: torch.ops.mswift.rotate(x, table_of(2, 4), False, False), "table must be"),
