@@ -135,7 +135,8 @@ def main() -> None:
     for group in GROUPS:
         print(f"| {group} | {' | '.join(f'{found[label][0][group]:,.0f}' for label in shown)} |")
     print(f"| **step, not profiled** | {' | '.join(f'**{found[label][1]:,.0f}**' for label in shown)} |")
-    print(json.dumps([{"name": label, "step_ms": round(step), **{k: round(v, 1) for k, v in groups.items()}} for label, (groups, step) in found.items()]))
+    rows = [{"name": label, "step_ms": round(step), **{k: round(v, 1) for k, v in groups.items()}} for label, (groups, step) in found.items()]
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,30 @@ import mswift
 from mswift.config import parse_command
 from mswift.errors import ConfigError, LaunchError, LayoutError
 from mswift.launch import KEEP_MALLOC, MALLOC, PRODUCT_CACHES, Topology, advice, check_port, check_processes, first_host, plan, topology
+from mswift.runtime.precision import cpu_multiplies_bf16
 
 PY = ("python3", "-P")
 ARGS = ("--model", "m")
 PROGRAM = (*PY, "-m", "mswift.cli", "sft", *ARGS)
 FIXED = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **PRODUCT_CACHES}
 READY = {"OMP_NUM_THREADS": "2", **FIXED, **MALLOC}
+NEW_SHAPES = """
+import ctypes, torch
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+
+def mib_after(shapes):
+    for rows in shapes:
+        torch.mm(torch.zeros(rows, 48, dtype=torch.bfloat16), torch.zeros(64, 48, dtype=torch.bfloat16).t())
+    return (libc.mallinfo2().uordblks + libc.mallinfo2().hblkhd) / 2**20
+
+before = mib_after(range(1, 200))
+print(mib_after(range(200, 400)) - before)
+"""
 SRUN = {
     "SLURM_STEP_ID": "3",
     "SLURM_JOB_ID": "120007",
@@ -64,6 +82,19 @@ def test_what_is_set_stays() -> None:
     assert set(kept.env) == {"OMP_NUM_THREADS", *FIXED}
     musl = make({"OMP_NUM_THREADS": "3", **FIXED}, glibc=False)
     assert musl is None
+
+
+@pytest.mark.skipif(not cpu_multiplies_bf16(), reason="bf16 products are no compiled ones on this processor")
+def test_products_of_ever_new_shapes_take_no_more_memory() -> None:
+    made = make({"OMP_NUM_THREADS": "1"})
+    assert made is not None
+    grown = {}
+    for name, env in (("launched", made.env), ("plain", {key: value for key, value in made.env.items() if key not in PRODUCT_CACHES})):
+        outer = {key: value for key, value in os.environ.items() if key not in PRODUCT_CACHES}
+        done = subprocess.run([sys.executable, "-c", NEW_SHAPES], env={**outer, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        grown[name] = float(done.stdout)
+    assert grown["launched"] < 10 < 50 < grown["plain"]
 
 
 def test_several_processes_on_one_node() -> None:
