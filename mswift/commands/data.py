@@ -10,6 +10,9 @@ from mswift.commands import session as sessions
 from mswift.commands.session import check_data, check_template, check_writable, find_model, load_tokenizer, reading, template_for
 from mswift.config import DataConfig
 from mswift.errors import DataError
+from mswift.log import get_logger
+
+logger = get_logger(__name__)
 
 
 def check(config: DataConfig, world: int) -> None:
@@ -44,7 +47,9 @@ def data(config: DataConfig) -> None:
     settings = ReadSettings(
         values["columns"] or {}, auto=values["auto"], strict=values["strict"], max_bad_share=values["max_bad_share"], use_hf=values["use_hf"]
     )
-    rows = first_rows(config.data.dataset, settings, config.inspect.inspect)
+    rows, lines = first_rows(config.data.dataset, settings, config.inspect.inspect)
+    for line in lines:
+        logger.info("%s", line)
     tokenizer = load_tokenizer(find_model(config.model, weights=False), trust_remote_code=config.model.trust_remote_code)
     template = template_for(tokenizer, config.template)
     shown = inspect_rows(rows, template, config.data.max_length)

@@ -161,10 +161,10 @@ def _decoded(file: BinaryIO, path: str) -> Iterator[str]:
 def _read_json(path: str, on_bad: OnBad) -> Iterator[RawRow]:
     with open_bytes(path) as file:
         first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    yield from _read_list(path) if first == b"[" else read_lines(path, on_bad)
+    yield from _read_list(path, on_bad) if first == b"[" else read_lines(path, on_bad)
 
 
-def _read_list(path: str) -> Iterator[RawRow]:
+def _read_list(path: str, on_bad: OnBad) -> Iterator[RawRow]:
     """The objects of a JSON list, each with the line on which it begins."""
     with open_bytes(path) as file:
         text = "".join(_decoded(file, path))
@@ -177,7 +177,10 @@ def _read_list(path: str) -> Iterator[RawRow]:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise _not_json(path, error.lineno, f"{error.msg} at column {error.colno}") from error
-        yield _row(value, path, line)
+        try:
+            yield _row(value, path, line)
+        except DataError as error:
+            on_bad(error)
         at = _skip_space(text, at)
         closed = text[at : at + 1] == "]"
         if not closed and text[at : at + 1] != ",":

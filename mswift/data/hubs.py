@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,9 @@ def open_hub(spec: SourceSpec, split: str | None = None) -> list[Any]:
     """The data set as ``datasets.Dataset`` in mapped memory, one for each subset. Raises as `read_hub`."""
     from huggingface_hub.utils.logging import set_verbosity_error
 
-    set_verbosity_error()  # it tells of every attempt to reach the hub; the last one is told below
+    set_verbosity_error()  # they tell of every attempt to reach the hub; the last one is told below
+    for library in ("modelscope", "modelscope_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         name = spec.location if spec.kind == "hf" else _copy_from_ms(spec.location)
         return _load(name, spec, split or "train")
@@ -36,8 +39,18 @@ def open_hub(spec: SourceSpec, split: str | None = None) -> list[Any]:
         raise
     except Exception as error:  # each hub library has an error tree of its own
         raise DataError(
-            f"{spec.kind}::{spec.location}: cannot be loaded from the hub: {one_line(error)}; there is no local file or directory of this name either"
+            f"{spec.kind}::{spec.location}: cannot be loaded from the hub: {_reason(error)}; there is no local file or directory of this name either"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in short where nothing could be reached: the libraries then tell of sockets and retries."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    words = ("connection", "network", "maxretry", "nameresolution", "connecterror", "localentrynotfound", "offlinemode")
+    unreachable = any(word in type(link).__name__.lower() for link in chain for word in words)
+    return "it could not be reached; check the network, or put the files here and give their path" if unreachable else one_line(error)
 
 
 def _load(name: str, spec: SourceSpec, split: str) -> list[Any]:

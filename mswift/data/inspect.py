@@ -51,19 +51,27 @@ class Shown:
             yield weight, list(group)
 
 
-def first_rows(specs: Sequence[str], settings: ReadSettings, count: int) -> list[Row]:
-    """The first rows of the sources together; no more than needed is read.
+def first_rows(specs: Sequence[str], settings: ReadSettings, count: int) -> tuple[list[Row], list[str]]:
+    """The first rows of every source, `count` together, and what was recognised of each in a line; no more than needed is read.
 
     Raises:
         DataError: a source that cannot be read, too many bad rows before there were enough good ones, or no row at all.
     """
-    bad, recognised = settings.bad_rows(), Recognised()
-    found = (row for text in specs for part in resolve(text, use_hf=settings.use_hf)[1] for row in read_part(part, settings, bad, recognised))
-    rows = list(itertools.islice(found, count))
-    bad.finish(recognised.num_read)
+    bad, rows, lines, num_read = settings.bad_rows(), list[Row](), list[str](), 0
+    for number, text in enumerate(specs):
+        spec, parts = resolve(text, use_hf=settings.use_hf)
+        recognised, before = Recognised(), len(bad.errors)
+        wanted = -(-(count - len(rows)) // (len(specs) - number))
+        found = (row for part in parts for row in read_part(part, settings, bad, recognised))
+        taken = list(itertools.islice(found, wanted if spec.count is None else min(wanted, spec.count)))
+        num_read += recognised.num_read
+        if taken:
+            lines.append(f"the first of {recognised.line(spec.name, bad=len(bad.errors) - before)}")
+        rows += taken
+    bad.finish(num_read)
     if not rows:
         raise DataError(f"{', '.join(specs)}: holds no rows; check --dataset")
-    return rows
+    return rows, lines
 
 
 def inspect_rows(rows: Sequence[Row], template: ChatTemplate, max_length: int | None = None) -> list[Shown | DataError]:

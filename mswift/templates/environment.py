@@ -79,7 +79,7 @@ def compile_template(text: str) -> jinja2.Template:
 
 def render(
     template: jinja2.Template,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[dict[str, Any]],
     tools: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool,
@@ -88,7 +88,7 @@ def render(
 ) -> str:
     """The text of a conversation; any of `REFUSALS` where the template cannot take it."""
     return template.render(
-        messages=[_with_reasoning(message) for message in messages],
+        messages=[with_reasoning(message) for message in messages],
         tools=list(tools) or None,
         documents=None,
         add_generation_prompt=add_generation_prompt,
@@ -115,7 +115,7 @@ def split_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(pieces), ranges
 
 
-def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """Reasoning under all the names that templates read."""
     reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -16,6 +16,8 @@ from mswift.templates.loss_scale import LossScale, Span
 from mswift.templates.renderer import Renderer
 from mswift.templates.spans import common_prefix
 
+_LONGEST_OPENING = 20  # characters; more is another way of writing turns rather than the beginning of an answer
+
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
@@ -171,8 +173,10 @@ class Planner:
             text = self._after_header(prompt, rendered, conversation, index)
         if text is not None:
             return text
-        hint = "check enable_thinking against the rows"
-        if opening:
+        hint = "mend the template, or give another one with --template"
+        if "enable_thinking" in self.renderer.text:
+            hint = "check enable_thinking against the rows"
+        if opening and len(opening) <= _LONGEST_OPENING:
             hint = f"begin every assistant content with {opening!r}, which the model's prompt opens"
         raise DataError(f"messages[{index}], an assistant turn, does not begin where its served prompt ends: {difference(prompt, rendered)}; {hint}")
 
@@ -183,6 +187,8 @@ class Planner:
         close = "\n</think>\n\n" if opening.endswith("\n") else "</think>"
         if thinks and isinstance(reasoning, str) and not content.startswith(opening):
             content = f"{opening}{reasoning.strip()}{close}{content.lstrip()}"
+        if thinks and isinstance(reasoning, str) and message.get("tool_calls") and not rest.startswith("</think>") and reasoning.strip() not in rest:
+            return f"{prompt}{reasoning.strip()}{close}{rest}"
         if content.startswith(opening):
             return None if message.get("tool_calls") else prompt + content[len(opening) :] + self.end.trained + self.end.rest
         if not thinks or not self.add_non_thinking_prefix:

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateSyntaxError
 
 from mswift.errors import DataError, one_line
+from mswift.log import get_logger
 from mswift.templates.conversation import Conversation, Message, Tool
 from mswift.templates.dialects import Dialect, dialect_for
-from mswift.templates.environment import REFUSALS, compile_template, render, split_marks
+from mswift.templates.environment import REFUSALS, compile_template, render, split_marks, with_reasoning
 from mswift.templates.tool_calls import find_format
 from mswift.templates.tools import add_ids, check_tools, write_call
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+logger = get_logger("mswift.templates.renderer")
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLAIN_ROLES = frozenset({"user", "assistant"})
 _ASK: Message = {"role": "user", "content": "x"}
@@ -95,7 +97,7 @@ class Renderer:
         Raises:
             DataError: the template would leave something of it out, or a tool call is wrong.
         """
-        messages = [{key: value for key, value in message.items() if _is_given(key, value)} for message in conversation.messages]
+        messages = [with_reasoning({key: value for key, value in message.items() if _is_given(key, value)}) for message in conversation.messages]
         if system is not None and not (messages and messages[0].get("role") in ("system", "developer")):
             messages = [{"role": "system", "content": system}, *messages]
         has_calls = any(message.get("tool_calls") for message in messages)
@@ -106,6 +108,8 @@ class Renderer:
                 conversation = self.dialect.fold(conversation, takes_system=self.takes_system)
                 has_calls = any(message.get("tool_calls") for message in conversation.messages)
             messages = self._prepare_tools(conversation.messages, has_calls=has_calls, tools=conversation.tools)
+        if "reasoning" not in self._answers and any(message.get("reasoning_content") for message in messages):
+            self._known("reasoning", self._tell_of_reasoning)
         for role in {str(message.get("role")) for message in messages} - _PLAIN_ROLES:
             if self.ignores(role):
                 raise DataError(f"the chat template of {self.name} ignores {role!r} turns; remove them or fold them into a user turn")
@@ -197,6 +201,18 @@ class Renderer:
             return True
         text = self._try(_probe_messages(self.tool_style, ids=True, content="probe_content"))
         return not ("probe_name" in text and "probe_content" in text)
+
+    def _tell_of_reasoning(self) -> bool:
+        """Says, once, that the reasoning of an answer is neither written nor opened by the prompt, where that is so."""
+        written, other = (Conversation([_ASK, {"role": "assistant", "content": "y", "reasoning_content": text}]) for text in ("a", "b"))
+        dropped = self._same(written, other) and not self.render(Conversation([_ASK]), add_generation_prompt=True).rstrip().endswith("<think>")
+        if dropped:
+            logger.warning(
+                "the chat template of %s leaves reasoning_content out, so answers are trained without it; put it into their content, or give a "
+                "--template that writes it, such as qwen3",
+                self.name,
+            )
+        return dropped
 
     def _try(self, messages: Sequence[Message]) -> str:
         try:

@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Path:
 
 def shown(file: Path, name: str = "qwen2_5", kind: str = "byte_level", count: int = 3) -> list[Shown | DataError]:
     template = ChatTemplate(tokenizer_for(name, kind), loss_scale="react")
-    return inspect_rows(first_rows([str(file)], ReadSettings(), count), template, max_length=30)
+    return inspect_rows(first_rows([str(file)], ReadSettings(), count)[0], template, max_length=30)
 
 
 def test_only_the_first_rows_are_read_and_faults_keep_their_place(file: Path) -> None:
@@ -47,6 +47,19 @@ def test_only_the_first_rows_are_read_and_faults_keep_their_place(file: Path) ->
         shown(file, count=4)
     with pytest.raises(DataError, match="holds no rows; check --dataset"):
         first_rows([str(file.with_name("b.jsonl"))], ReadSettings(), 1) if file.with_name("b.jsonl").write_text("\n") else None
+
+
+def test_every_source_is_shown_and_what_was_recognised_of_it_is_said(file: Path) -> None:
+    other = file.with_name("b.jsonl")
+    other.write_text("".join(json.dumps({"problem": f"p{i}", "answer": "x", "level": 1}) + "\n" for i in range(9)))
+    rows, lines = first_rows([str(file), f"{other}#2"], ReadSettings(), 5)
+    assert [(row.source, row.line) for row in rows] == [(str(file), 1), (str(file), 2), (str(file), 3), (str(other), 1), (str(other), 2)]
+    assert lines == [
+        f"the first of {file}: 2 rows of messages, 1 rows of query/response",
+        f"the first of {other}: 2 rows of query/response; problem read as query, answer read as response; kept: level",
+    ]
+    rows, _ = first_rows([f"{other}#1", str(file)], ReadSettings(), 3)
+    assert [(row.source, row.line) for row in rows] == [(str(other), 1), (str(file), 1), (str(file), 2)]
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "split_byte_level", "metaspace"])

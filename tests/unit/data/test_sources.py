@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -288,6 +289,33 @@ def test_hub_rows_come_through_the_datasets_library(write_rows: Write, tmp_path:
         DataError, match=r"^hf::org/not-there: cannot be loaded from the hub: .*; there is no local file or directory of this name either$"
     ):
         read("hf::org/not-there")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_short(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    library = pytest.importorskip("modelscope.hub.snapshot_download")
+
+    def download(name: str) -> str:
+        logging.getLogger("modelscope_hub.legacy_api").warning("retry in 1s")
+        try:
+            raise ConnectionError("HTTPSConnectionPool(host='x', port=443): Max retries exceeded with url: /a")
+        except ConnectionError as error:
+            raise RuntimeError("[E1020] Connection failed") from error
+
+    monkeypatch.setattr(library, "dataset_snapshot_download", download)
+    with pytest.raises(DataError) as refused:
+        read("ms::org/name")
+    assert str(refused.value) == (
+        "ms::org/name: cannot be loaded from the hub: it could not be reached; check the network, or put the files here and give their path; "
+        "there is no local file or directory of this name either"
+    )
+    assert caplog.text == ""
+
+
+def test_an_element_of_a_json_list_that_is_no_row_is_one_bad_row(tmp_path: Path) -> None:
+    path, faults = tmp_path / "a.json", list[DataError]()
+    path.write_text('[{"a": 1},\n 3,\n {"a": 2}]')
+    assert [row.data for row in read_file(str(path), faults.append)] == [{"a": 1}, {"a": 2}]
+    assert [str(fault).split("; ")[0] for fault in faults] == [f"{path}:2: a row is a JSON object, got int"]
 
 
 def test_modelscope_rows_come_through_a_local_copy(write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

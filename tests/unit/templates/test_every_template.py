@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from mswift.errors import ConfigError, DataError
 from mswift.templates import ChatTemplate, Conversation
 from mswift.templates.named import find_template, table
-from tests.unit.templates.registry import plain_conversations, tokenizer_for, tool_conversations
+from tests.unit.templates.registry import assistant, plain_conversations, tokenizer_for, tool_conversations, user
 from tests.unit.templates.test_chat import runs
 
 NAMES = list(table())
@@ -123,6 +124,43 @@ def test_reasoning_that_the_prompt_opens_is_closed_where_a_turn_has_none(name: s
     quiet = ChatTemplate(tokenizer, loss_scale="ignore_empty_think").encode_rows(plain_conversations()["one turn"])[0]
     assert quiet.input_ids == row.input_ids
     assert tokenizer.decode(quiet.input_ids[runs(quiet)[0][0] : stop - 1]).strip() == "Paris."
+
+
+def test_a_call_that_was_thought_over_goes_on_from_the_reasoning_that_its_prompt_opens() -> None:
+    tokenizer = tokenizer_for("qwq")
+    conversation = tool_conversations()["call"]
+    asked, called = conversation.messages
+    (row,) = ChatTemplate(tokenizer).encode_rows(Conversation([asked, {**called, "reasoning": "I look."}], conversation.tools))
+    ((start, stop),) = runs(row)
+    assert tokenizer.decode(row.input_ids[:start]).endswith("<|im_start|>assistant\n<think>\n")
+    assert tokenizer.decode(row.input_ids[start:stop]).startswith('I look.\n</think>\n\n<tool_call>\n{"name": "get_weather"')
+    assert tokenizer.decode(row.input_ids[start:stop]).endswith("</tool_call><|im_end|>")
+
+
+def test_reasoning_that_a_template_leaves_out_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logging.getLogger("mswift"), "propagate", True)
+    thought = [user("x"), assistant("y", reasoning_content="hm")]
+    for name, told in (("qwen2_5", True), ("qwen3", False), ("qwq", False), ("gpt_oss", False)):
+        caplog.clear()
+        template = ChatTemplate(tokenizer_for(name))
+        template.encode_rows([user("x"), assistant("y")])
+        template.encode_rows(thought)
+        template.encode_rows(thought)
+        said = {record.message.split(",")[0] for record in caplog.records}
+        assert said == ({"the chat template of tiny-qwen2_5 leaves reasoning_content out"} if told else set())
+        assert template.renderer._answers["reasoning"] is told
+
+
+def test_a_template_that_serves_turns_otherwise_than_it_writes_them_shows_the_difference() -> None:
+    text = "{% for m in messages %}<|im_start|>{{ m.role }} {{ messages | length }}: {{ m.content }}<|im_end|>{% endfor %}"
+    template = ChatTemplate(tokenizer_for("chatml"), chat_template=text + "{% if add_generation_prompt %}<|im_start|>assistant says: {% endif %}")
+    with pytest.raises(DataError) as refused:
+        template.encode_rows([user("x"), assistant("y")])
+    assert str(refused.value) == (
+        "messages[1], an assistant turn, does not begin where its served prompt ends: after '<|im_start|>user ' there is "
+        "'1: x<|im_end|><|im_start|>assistant says' in serving and '2: x<|im_end|><|im_start|>assistant 2: y' in the whole; "
+        "mend the template, or give another one with --template"
+    )
 
 
 def test_a_turn_without_an_end_of_its_own_is_ended_by_what_opens_the_next() -> None:
