@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from mswift.data.encoded import Ids, Integers, MemorySink, TokenRows, TokenSink, Weights
+from mswift.data.encoded import MemorySink, TokenRows, TokenSink
 from mswift.data.report import LengthReport
 from mswift.data.rows import BadRows, Row
 from mswift.errors import DataError
-from mswift.templates import Conversation, Encoded, RowEncoder
+from mswift.templates import Conversation, EncodedChunk, RowEncoder
 
 Truncation: TypeAlias = Literal["delete", "left", "right", "split"]
 Progress: TypeAlias = Callable[[int, int], None]
 
 _CHUNK = 1024  # rows that are tokenised together
 _AHEAD = 4  # chunks that wait for each process
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedChunk:
-    """What became of some rows.
-
-    Attributes:
-        ids, weights: training rows end to end. lengths: of each. origins: for each the number of the row that it was made from.
-        refused: number of the row -> why the template does not take it.
-    """
-
-    ids: Ids
-    weights: Weights
-    lengths: Integers
-    origins: Integers
-    refused: dict[int, str]
 
 
 def encode_dataset(
@@ -105,23 +87,7 @@ def to_conversation(row: Row) -> Conversation:
 
 def encode_chunk(template: RowEncoder, conversations: Sequence[Conversation]) -> EncodedChunk:
     """Some rows with one call of the tokenizer."""
-    return _flat(template.encode_batch(conversations))
-
-
-def _flat(results: Sequence[list[Encoded] | DataError]) -> EncodedChunk:
-    ids, weights = array("i"), array("f")  # they take a list several times faster than numpy does
-    lengths, origins, refused = [], [], {}
-    for number, result in enumerate(results):
-        if isinstance(result, DataError):
-            refused[number] = str(result)
-            continue
-        for row in result:
-            ids.fromlist(row.input_ids)
-            weights.fromlist(row.weights)
-            lengths.append(len(row.input_ids))
-            origins.append(number)
-    flat_ids, flat_weights = np.frombuffer(ids, np.int32), np.frombuffer(weights, np.float32)
-    return EncodedChunk(flat_ids, flat_weights, np.asarray(lengths, np.int64), np.asarray(origins, np.int64), refused)
+    return next(template.encode_chunks([conversations]))
 
 
 def _encode_all(rows: Iterable[Row], template: RowEncoder, num_proc: int) -> Iterator[tuple[list[Row], EncodedChunk]]:
@@ -136,8 +102,8 @@ def _encode_all(rows: Iterable[Row], template: RowEncoder, num_proc: int) -> Ite
                 held.append(chunk)
                 yield [to_conversation(row) for row in chunk]
 
-        for results in template.encode_batches(conversations()):
-            yield held.popleft(), _flat(results)
+        for made in template.encode_chunks(conversations()):
+            yield held.popleft(), made
         return
     with ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (template,)) as pool:
         waiting: deque[tuple[list[Row], Future[EncodedChunk]]] = deque()

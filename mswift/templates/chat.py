@@ -10,11 +10,16 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mswift.errors import DataError, one_line
 from mswift.log import get_logger
-from mswift.templates.conversation import Conversation, Encoded, Message, Tool
+from mswift.templates.bulk import assemble, weigh_rows
+from mswift.templates.conversation import Conversation, Encoded, EncodedChunk, Message, Tool
+from mswift.templates.forms import Form, Forms
 from mswift.templates.loss_scale import LossScale, parse_loss_scale
 from mswift.templates.plan import Plan, Planner, TurnEnd
 from mswift.templates.renderer import Renderer
@@ -29,6 +34,20 @@ _MAX_CACHED_PIECES = 1024
 _IN_FLIGHT = 2  # batches in the tokenizer while the next one is rendered: one of them hands its tokens over, the other keeps the cores busy
 
 logger = get_logger("mswift.templates.chat")
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Conversations of one chunk on their way.
+
+    Args:
+        forms, plans: by number of the conversation, each in one of them. texts: of those with a form.
+    """
+
+    conversations: Sequence[Conversation]
+    forms: dict[int, Form] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+    plans: dict[int, list[Plan] | DataError] = field(default_factory=dict)
 
 
 class ChatTemplate:
@@ -80,6 +99,9 @@ class ChatTemplate:
         self._turn_end, opening = self._probe()
         self.loss_scale = parse_loss_scale(loss_scale) if isinstance(loss_scale, str) else loss_scale
         self._planner = Planner(self.renderer, self._turn_end, opening, self.loss_scale, add_non_thinking_prefix=add_non_thinking_prefix)
+        self._forms = Forms(self.renderer, self._planner, system, self._tokenise, self._added_ids, tokenizer)
+        self._is_added = np.zeros(max(len(tokenizer), *(token + 1 for token in self._added_ids), tokenizer.vocab_size), np.bool_)
+        self._is_added[list(self._added_ids)] = True
         if system is not None:
             self._check_system()
 
@@ -181,24 +203,53 @@ class ChatTemplate:
 
     def encode_batch(self, conversations: Sequence[Conversation | Sequence[Message]]) -> list[list[Encoded] | DataError]:
         """`encode_rows` of many conversations with one call of the tokenizer; the error in place of the rows where one cannot be encoded."""
-        return next(self.encode_batches([conversations]))
+        plans = [self._try_plan(Conversation.of(conversation)) for conversation in conversations]
+        return self._finish_all(plans, self._tokenise(_texts(plans)))
 
-    def encode_batches(self, batches: Iterable[Sequence[Conversation | Sequence[Message]]]) -> Iterator[list[list[Encoded] | DataError]]:
-        """`encode_batch` of one batch after the other; the tokenizer, which needs no interpreter, works on one while the next is rendered."""
+    def encode_chunks(self, batches: Iterable[Sequence[Conversation]]) -> Iterator[EncodedChunk]:
+        """`encode_batch` of one batch after the other, as arrays.
+
+        The tokenizer, which needs no interpreter, works on one batch while the next is rendered, and conversations of a known form
+        (`mswift.templates.forms`) are rendered and weighed without running the template.
+        """
         with ThreadPoolExecutor(_IN_FLIGHT, "mswift-tokenise") as threads:
-            waiting: deque[tuple[list[list[Plan] | DataError], Future[list[Tokens]]]] = deque()
-            for batch in batches:
-                plans = [self._try_plan(Conversation.of(conversation)) for conversation in batch]
-                texts = [plan.text for made in plans if not isinstance(made, DataError) for plan in made]
-                waiting.append((plans, threads.submit(self._tokenise, texts)))
+            waiting: deque[tuple[_Batch, Future[tuple[list[Any], list[Tokens]]]]] = deque()
+            for conversations in batches:
+                batch = self._sorted(conversations)
+                waiting.append((batch, threads.submit(self._tokenise_batch, batch)))
                 if len(waiting) > _IN_FLIGHT:
-                    yield self._finish_all(*waiting.popleft())
+                    yield self._chunk(*waiting.popleft())
             while waiting:
-                yield self._finish_all(*waiting.popleft())
+                yield self._chunk(*waiting.popleft())
 
-    def _finish_all(self, plans: list[list[Plan] | DataError], future: Future[list[Tokens]]) -> list[list[Encoded] | DataError]:
-        tokens = iter(future.result())
-        return [made if isinstance(made, DataError) else self._finish(made, tokens) for made in plans]
+    def _sorted(self, conversations: Sequence[Conversation]) -> _Batch:
+        batch = _Batch(conversations)
+        for number, conversation in enumerate(conversations):
+            form = self._forms.of(conversation)
+            if form is None:
+                batch.plans[number] = self._try_plan(conversation)
+            else:
+                batch.forms[number] = form
+                batch.texts.append(form.text(conversation.messages))
+        return batch
+
+    def _tokenise_batch(self, batch: _Batch) -> tuple[list[Any], list[Tokens]]:
+        """Of the conversations with a form the encodings, without places in the text; of the others with them."""
+        slow = self._tokenise(_texts(batch.plans.values()))
+        return self._backend().encode_batch_fast(batch.texts, add_special_tokens=False), slow
+
+    def _chunk(self, batch: _Batch, future: Future[tuple[list[Any], list[Tokens]]]) -> EncodedChunk:
+        encodings, tokens = future.result()
+        numbers = list(batch.forms)
+        rows, holds = weigh_rows([encoding.ids for encoding in encodings], list(batch.forms.values()), self._is_added)
+        slow = dict(zip(batch.plans, self._finish_all(list(batch.plans.values()), tokens), strict=True))
+        failed = [numbers[row] for row in np.flatnonzero(~holds)]
+        slow |= dict(zip(failed, self.encode_batch([batch.conversations[number] for number in failed]), strict=True))
+        return assemble(rows, holds, numbers, slow)
+
+    def _finish_all(self, plans: list[list[Plan] | DataError], tokens: list[Tokens]) -> list[list[Encoded] | DataError]:
+        left = iter(tokens)
+        return [made if isinstance(made, DataError) else self._finish(made, left) for made in plans]
 
     # ---- what the template writes around an answer -----------------------------------------------------------------------------------
 
@@ -261,11 +312,14 @@ class ChatTemplate:
     def _tokenise(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
+        return [Tokens(encoding.ids, encoding) for encoding in self._backend().encode_batch(texts, add_special_tokens=False)]
+
+    def _backend(self) -> Any:
         backend = self.tokenizer.backend_tokenizer
         if backend.padding is not None or backend.truncation is not None:  # left there by whoever used it before
             backend.no_padding()
             backend.no_truncation()
-        return [Tokens(encoding.ids, encoding) for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+        return backend
 
     def _piece_ids(self, piece: str) -> list[int]:
         """Ids of a piece of prompt that begins with an added token (or with the text); the same few pieces come back in every row."""
@@ -323,6 +377,10 @@ class ChatTemplate:
                 weights[part] = [weight] * (part.stop - part.start)
             rows.append(Encoded(prompt.ids + written.ids, [0.0] * len(prompt.ids) + weights))
         return rows
+
+
+def _texts(plans: Iterable[list[Plan] | DataError]) -> list[str]:
+    return [plan.text for made in plans if not isinstance(made, DataError) for plan in made]
 
 
 def _own_template(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from mswift.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,6 +54,22 @@ class Encoded:
         return len(self.input_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedChunk:
+    """What became of some conversations.
+
+    Attributes:
+        ids, weights: training rows end to end. lengths: of each. origins: for each the number of the conversation that it was made from.
+        refused: number of the conversation -> why the template does not take it.
+    """
+
+    ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    lengths: npt.NDArray[np.int64]
+    origins: npt.NDArray[np.int64]
+    refused: dict[int, str]
+
+
 class RowEncoder(Protocol):
     """What makes training rows of conversations: a chat template, or plain text."""
 
@@ -62,8 +81,8 @@ class RowEncoder(Protocol):
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | DataError]:
         """The rows of each, or what is wrong with it."""
 
-    def encode_batches(self, batches: Iterable[Sequence[Conversation]]) -> Iterator[list[list[Encoded] | DataError]]:
-        """`encode_batch` of one batch after the other."""
+    def encode_chunks(self, batches: Iterable[Sequence[Conversation]]) -> Iterator[EncodedChunk]:
+        """`encode_batch` of one batch after the other, as arrays."""
 
 
 def join_path(index: int, field_name: str = "") -> str:

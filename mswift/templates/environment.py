@@ -71,10 +71,19 @@ def _now(form: str) -> str:
 @functools.lru_cache(maxsize=64)
 def compile_template(text: str) -> jinja2.Template:
     """A template ready to render. Raises `jinja2.TemplateSyntaxError`."""
+    return _environment().from_string(text)
+
+
+def parse_template(text: str) -> jinja2.nodes.Template:
+    """The syntax of a template. Raises `jinja2.TemplateSyntaxError`."""
+    return _environment().parse(text)
+
+
+def _environment() -> _Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals.update({"raise_exception": _raise, "strftime_now": _now, "dict": _Dict()})
-    return environment.from_string(text)
+    return environment
 
 
 def render(

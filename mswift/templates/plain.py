@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mswift.errors import DataError
-from mswift.templates.conversation import Conversation, Encoded
+from mswift.templates.bulk import chunk_of
+from mswift.templates.conversation import Conversation, Encoded, EncodedChunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,9 +33,9 @@ class PlainText:
         parts = {"tokenizer": self.tokenizer.backend_tokenizer.to_str(), "chat template": f"plain text that ends with {self.tokenizer.eos_token}"}
         return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
-    def encode_batches(self, batches: Iterable[Sequence[Conversation]]) -> Iterator[list[list[Encoded] | DataError]]:
-        """`encode_batch` of one batch after the other."""
-        return map(self.encode_batch, batches)
+    def encode_chunks(self, batches: Iterable[Sequence[Conversation]]) -> Iterator[EncodedChunk]:
+        """`encode_batch` of one batch after the other, as arrays."""
+        return (chunk_of(self.encode_batch(batch)) for batch in batches)
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | DataError]:
         """One row for each; an error in its place where a message is no text."""
