@@ -1,10 +1,11 @@
 """Rates of the data path: rows to tokens, masks and packs beside `tokenizers` encoding the same texts alone, and the index of packs.
 
-Both sides run in turn in one process on the same texts, which are cut from the docstrings of Python's standard library. The index is made in a
-process of its own, whose peak memory is measured. The last line is JSON: rows of ``name, ours, peer, peer_name, ratio`` (rows/s and the ratio
-of the medians of the pairs; for the index seconds, GiB and the share of empty places beside their limits).
+All sides run in turn on the same texts, which are cut from the docstrings of Python's standard library. The index is made in a process of its
+own, whose peak memory is measured. ms-swift is compared in an interpreter of its own (data_ms_swift.py). The last line is JSON: rows of
+``name, ours, peer, peer_name, ratio`` (rows/s and the median of the ratios of the pairs; for the index seconds, GiB and the share of empty places
+beside their limits).
 
-Usage: python benchmarks/data.py --model DIR [--rows 200000] [--pairs 3] [--num_proc 1] [--lengths 10000000] [--packing_length 8192]
+Usage: python benchmarks/data.py --model DIR [--rows 200000] [--pairs 3] [--lengths 10000000] [--packing_length 8192] [--ms_swift PYTHON]
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -63,13 +66,11 @@ def make_rows(count: int, seed: int = 0) -> list[Any]:
     return rows
 
 
-def tokens(model: Path, count: int, pairs: int, num_proc: int, capacity: int) -> dict[str, Any]:
-    """Rows per second from messages to packs, and of the tokenizer alone on the rendered texts."""
+def tokens(model: Path, count: int, pairs: int, num_proc: int, capacity: int) -> list[dict[str, Any]]:
+    """Rows per second from messages to packs, and of the tokenizer alone on the rendered texts: with places in the text, and without."""
     from transformers import AutoTokenizer
 
-    from mswift.data import encode_dataset
     from mswift.data.encoding import to_conversation
-    from mswift.data.packing import PackIndex
     from mswift.templates import ChatTemplate
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -77,24 +78,70 @@ def tokens(model: Path, count: int, pairs: int, num_proc: int, capacity: int) ->
     rows = make_rows(count)
     texts = [template.render(to_conversation(row)) for row in rows]
     backend = tokenizer.backend_tokenizer
+    peers = {"tokenizers encode_batch": backend.encode_batch, "tokenizers encode_batch_fast": backend.encode_batch_fast}
     backend.encode_batch(texts[:500], add_special_tokens=False)
-    times: list[tuple[float, float]] = []
+    times: list[list[float]] = []
     for pair in range(pairs):
-        begun = time.perf_counter()
-        data = encode_dataset(rows, template, max_length=capacity, num_proc=num_proc)
-        packs = PackIndex(data.lengths, capacity).of_epoch(0)
-        middle = time.perf_counter()
-        made = backend.encode_batch(texts, add_special_tokens=False)
-        times.append((middle - begun, time.perf_counter() - middle))
-        assert sum(len(one) for one in made) == data.num_tokens
-        del made
-        print(
-            f"pair {pair + 1}/{pairs}: {times[-1][0]:.2f} s and {times[-1][1]:.2f} s, {data.num_tokens} tokens, {len(packs)} packs", file=sys.stderr
-        )
-    ours, peer = (count / statistics.median(side) for side in zip(*times, strict=True))
-    ratio = statistics.median(peer_s / ours_s for ours_s, peer_s in times)
+        seconds, num_tokens, num_packs = ours(rows, template, capacity, num_proc)
+        times.append([seconds])
+        for encode in peers.values():
+            begun, made = time.perf_counter(), 0
+            for first in range(0, count, 1024):  # all at once is slower: it fills gigabytes of memory with what is not asked for
+                made += sum(map(len, encode(texts[first : first + 1024], add_special_tokens=False)))
+            times[-1].append(time.perf_counter() - begun)
+            assert made == num_tokens
+        said = ", ".join(f"{value:.2f} s" for value in times[-1])
+        print(f"{pair + 1}/{pairs}: {said}; {num_tokens} tokens, {num_packs} packs", file=sys.stderr)
     name = f"tokenise, mask and pack {count} chat rows, rows/s, {num_proc} processes"
-    return {"name": name, "ours": round(ours), "peer": round(peer), "peer_name": "tokenizers encode_batch", "ratio": round(ratio, 3)}
+    return [compared(name, count, [(one[0], one[1 + i]) for one in times], peer) for i, peer in enumerate(peers)]
+
+
+def ours(rows: list[Any], template: Any, capacity: int, num_proc: int) -> tuple[float, int, int]:
+    """Seconds, tokens and packs of these rows."""
+    from mswift.data import encode_dataset
+    from mswift.data.packing import PackIndex
+
+    begun = time.perf_counter()
+    data = encode_dataset(rows, template, max_length=capacity, num_proc=num_proc)
+    packs = PackIndex(data.lengths, capacity).of_epoch(0)
+    return time.perf_counter() - begun, data.num_tokens, len(packs)
+
+
+def compared(name: str, count: int, times: list[tuple[float, float]], peer: str) -> dict[str, Any]:
+    """A row of the result from pairs of seconds (ours, the peer's)."""
+    mine, other = (count / statistics.median(side) for side in zip(*times, strict=True))
+    ratio = statistics.median(peer_s / ours_s for ours_s, peer_s in times)
+    return {"name": name, "ours": round(mine), "peer": round(other), "peer_name": peer, "ratio": round(ratio, 3)}
+
+
+def ms_swift(python: Path, model: Path, count: int, pairs: int, capacity: int) -> dict[str, Any]:
+    """The same against ms-swift in its own interpreter, with as many processes as there are cores; ours is one, whose tokenizer uses them all."""
+    from transformers import AutoTokenizer
+
+    from mswift.templates import ChatTemplate
+
+    rows, template = make_rows(count), ChatTemplate(AutoTokenizer.from_pretrained(model))
+    system = template.render([{"role": "user", "content": "x"}]).split("system\n", 1)[1].split("<|im_end|>", 1)[0]
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        path, program = Path(folder) / "rows.jsonl", Path(__file__).with_name("data_ms_swift.py")
+        path.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in rows), encoding="utf8")
+        command = [str(python), str(program), str(model), str(path), system, str(capacity), str(os.cpu_count())]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_DATASETS_CACHE": folder, "HF_HUB_OFFLINE": "1"}
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            next(line for line in child.stdout if line == "ready\n")
+            for _ in range(pairs):
+                seconds, num_tokens, num_packs = ours(rows, template, capacity, 1)
+                print("go", file=child.stdin, flush=True)
+                other, other_tokens, other_packs = json.loads(next(line for line in child.stdout if line.startswith("[")))
+                times.append((seconds, other))
+                print(
+                    f"{seconds:.2f} s, {num_tokens} tokens, {num_packs} packs; ms-swift {other:.2f} s, {other_tokens}, {other_packs}", file=sys.stderr
+                )
+            child.stdin.close()
+    return compared(f"tokenise, mask and pack {count} chat rows, rows/s", count, times, f"ms-swift, {os.cpu_count()} processes")
 
 
 def index(count: int, capacity: int) -> list[dict[str, Any]]:
@@ -114,14 +161,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="counted pairs (default: %(default)s)")
     parser.add_argument("--num_proc", type=int, default=1, help="processes that turn rows into tokens (default: %(default)s)")
     parser.add_argument("--lengths", type=int, default=10_000_000, help="rows of the index of packs (default: %(default)s)")
+    parser.add_argument("--ms_swift", type=Path, help="a Python interpreter that has ms-swift, to be compared on --ms_swift_rows of the rows")
+    parser.add_argument("--ms_swift_rows", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--packing_length", type=int, default=8192, help="tokens of a pack (default: %(default)s)")
     arguments = parser.parse_args()
-    rows = [tokens(arguments.model, arguments.rows, arguments.pairs, arguments.num_proc, arguments.packing_length)]
-    rows += index(arguments.lengths, arguments.packing_length)
-    print("ms-swift is not compared: this program does not install it", file=sys.stderr)
-    print(f"{'':72}{'mswift':>12}{'peer':>12}{'ratio':>8}")
+    rows = tokens(arguments.model, arguments.rows, arguments.pairs, arguments.num_proc, arguments.packing_length) if arguments.rows else []
+    rows += index(arguments.lengths, arguments.packing_length) if arguments.lengths else []
+    if arguments.ms_swift is not None:
+        rows.append(ms_swift(arguments.ms_swift, arguments.model, arguments.ms_swift_rows, arguments.pairs, arguments.packing_length))
+    else:
+        print("ms-swift is not compared: give an interpreter that has it with --ms_swift", file=sys.stderr)
+    print(f"{'':72}{'mswift':>12}{'peer':>12}{'ratio':>8}  peer")
     for row in rows:
-        print(f"{row['name']:72}{row['ours']:>12}{row['peer']:>12}{row['ratio']:>8}")
+        print(f"{row['name']:72}{row['ours']:>12}{row['peer']:>12}{row['ratio']:>8}  {row['peer_name']}")
     print(json.dumps(rows))
 
 
