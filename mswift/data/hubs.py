@@ -30,8 +30,6 @@ def open_hub(spec: SourceSpec, split: str | None = None) -> list[Any]:
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # they tell of every attempt to reach the hub; the last one is told below
-    for library in ("modelscope", "modelscope_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         name = spec.location if spec.kind == "hf" else _copy_from_ms(spec.location)
         return _load(name, spec, split or "train")
@@ -80,4 +78,6 @@ def _copy_from_ms(name: str) -> str:
         download: Callable[[str], str] = importlib.import_module("modelscope.hub.snapshot_download").dataset_snapshot_download
     except ImportError as error:
         raise MissingExtraError("modelscope", "modelscope") from error
+    for known in [known for known in logging.root.manager.loggerDict if known.startswith("modelscope")]:
+        logging.getLogger(known).setLevel(logging.CRITICAL)
     return download(name)

@@ -70,7 +70,7 @@ class Recognised:
 
     def line(self, source: str, *, bad: int = 0) -> str:
         """Such as ``a.jsonl: 400 rows of query/response; problem read as query; with tools in 12; kept: level``."""
-        parts = [", ".join(f"{count} rows of {name}" for name, count in self.shapes.most_common())]
+        parts = [", ".join(f"{count} row{'s' * (count != 1)} of {name}" for name, count in self.shapes.most_common())]
         if self.mapped:
             parts.append(", ".join(f"{old} read as {new}" for old, new in self.mapped.items()))
         if self.tools:

@@ -55,7 +55,7 @@ def test_every_source_is_shown_and_what_was_recognised_of_it_is_said(file: Path)
     rows, lines = first_rows([str(file), f"{other}#2"], ReadSettings(), 5)
     assert [(row.source, row.line) for row in rows] == [(str(file), 1), (str(file), 2), (str(file), 3), (str(other), 1), (str(other), 2)]
     assert lines == [
-        f"the first of {file}: 2 rows of messages, 1 rows of query/response",
+        f"the first of {file}: 2 rows of messages, 1 row of query/response",
         f"the first of {other}: 2 rows of query/response; problem read as query, answer read as response; kept: level",
     ]
     rows, _ = first_rows([f"{other}#1", str(file)], ReadSettings(), 3)

@@ -29,7 +29,7 @@ def test_each_source_is_said_in_one_line(write_rows: Write, caplog: pytest.LogCa
     ]
     assert [source.line for source in loaded] == [
         f"{first}: 200 rows of query/response; 2 left out",
-        f"{second}: 1 rows of query/response; problem read as query, solution read as response; kept: solution",
+        f"{second}: 1 row of query/response; problem read as query, solution read as response; kept: solution",
     ]
     assert caplog.messages[0].startswith(f"2 of 203 rows cannot be used and are left out: {first}:201: not JSON: ")
 

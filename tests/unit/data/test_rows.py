@@ -142,7 +142,7 @@ def test_one_line_says_what_was_recognised() -> None:
     for data in ({"problem": "q", "solution": "a", "level": 1},) * 2 + ({"messages": [USER, ANSWER], "images": ["https://x/y.png"]},):
         normalise(raw(data), recognised=recognised)
     assert recognised.line("a.jsonl") == (
-        "a.jsonl: 2 rows of query/response, 1 rows of messages; problem read as query, solution read as response; "
+        "a.jsonl: 2 rows of query/response, 1 row of messages; problem read as query, solution read as response; "
         "images kept, not shown to the model; kept: level, solution"
     )
     assert normalise(raw({"messages": [USER, ANSWER], "image": "https://x/y.png"})).media == {"images": ["https://x/y.png"]}
