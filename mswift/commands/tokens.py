@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mswift.commands.session import reading
 from mswift.config import ExportConfig, SftConfig
+from mswift.config.sections import DataSection
 from mswift.errors import ConfigError, DataError
 from mswift.log import get_logger, is_main_process, progress_bar
 
@@ -67,14 +68,7 @@ def encode(
     from mswift.data import encode_dataset
 
     with progress_bar("tokenising") as progress:
-        settings: dict[str, Any] = {
-            "max_length": config.data.max_length or model_limit(directory),
-            "truncation": config.data.truncation_strategy,
-            "num_proc": config.data.dataset_num_proc,
-            "strict": config.data.strict,
-            "max_bad_share": config.data.max_bad_rows_ratio,
-            "progress": progress,
-        }
+        settings = _settings(config.data, directory) | {"progress": progress}
         report_dir = output_dir if is_main_process() else None
         train = [encode_dataset(train_rows, template, report_dir=report_dir, sink=sink, **settings)] if train_rows else []
         evaluation = [encode_dataset(eval_rows, template, **settings)] if eval_rows else []
@@ -89,16 +83,18 @@ def encode_evaluation(config: SftConfig, template: RowEncoder, rows: list[Row], 
 
     if not rows:
         return None
-    data = config.data
-    return encode_dataset(
-        rows,
-        template,
-        max_length=data.max_length or model_limit(directory),
-        truncation=data.truncation_strategy,
-        num_proc=data.dataset_num_proc,
-        strict=data.strict,
-        max_bad_share=data.max_bad_rows_ratio,
-    )
+    return encode_dataset(rows, template, **_settings(config.data, directory))
+
+
+def _settings(data: DataSection, directory: Path) -> dict[str, Any]:
+    """What `encode_dataset` is told of the flags."""
+    return {
+        "max_length": data.max_length or model_limit(directory),
+        "truncation": data.truncation_strategy,
+        "num_proc": data.dataset_num_proc,
+        "strict": data.strict,
+        "max_bad_share": data.max_bad_rows_ratio,
+    }
 
 
 def _joined(data: list[TokenRows]) -> TokenRows:
@@ -196,17 +192,7 @@ def write_cached(config: ExportConfig, template: RowEncoder, directory: Path, ta
         sink = CacheSink(target / part, template.identity(), source_files(names, use_hf=config.model.use_hf))
         try:
             with progress_bar(f"tokenising {part}") as progress:
-                made = encode_dataset(
-                    rows,
-                    template,
-                    max_length=data.max_length or model_limit(directory),
-                    truncation=data.truncation_strategy,
-                    num_proc=data.dataset_num_proc,
-                    strict=data.strict,
-                    max_bad_share=data.max_bad_rows_ratio,
-                    progress=progress,
-                    sink=sink,
-                )
+                made = encode_dataset(rows, template, progress=progress, sink=sink, **_settings(data, directory))
         except (DataError, KeyboardInterrupt):
             sink.remove()
             raise

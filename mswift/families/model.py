@@ -15,7 +15,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -133,8 +135,6 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, gro
     latent = description.attention.latent is not None
     spec = get_gpt_layer_local_spec(experts, moe_grouped_gemm=False, qk_layernorm=False, multi_latent_attention=latent, normalization="RMSNorm")
     block = spec.submodules
-    if experts and description.choice is not None:
-        block.mlp.submodules.router = functools.partial(GroupedRouter, choice=description.choice)
     norm = ModuleSpec(module=Norm, params={"style": description.norm})
     block.input_layernorm = norm if description.pre_norms else IdentityOp
     block.pre_mlp_layernorm = norm if description.pre_norms and not description.parallel else IdentityOp
@@ -149,24 +149,29 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, gro
         _describe_attention(block.self_attention, description)
     block.sharded_state_dict_keys_map = fused_norms(description, layer)  # a checkpoint has the names that Transformer Engine knows
     if experts is not None:
-        _describe_mixture(block.mlp, description)
+        block.mlp = _mixture_spec(description)
     elif description.mlp_bias:
-        submodules = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear)
-        block.mlp = ModuleSpec(module=MLP, submodules=submodules)
-    if experts is None:
-        block.mlp = gated_mlp(block.mlp.submodules, groups.tp)
+        block.mlp = gated_mlp(MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear), groups.tp)
+    else:
+        block.mlp = gated_mlp(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), groups.tp)
     return spec
 
 
-def _describe_mixture(spec: ModuleSpec, description: MegatronDescription) -> None:
-    if spec.submodules.shared_experts is not None:
-        spec.submodules.shared_experts.module = SharedExperts
-    spec.submodules.experts.module = GroupedExperts
+def _mixture_spec(description: MegatronDescription) -> ModuleSpec:
+    """megatron's mixture; whole and ours, since its own spec has another form in later versions."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    of_experts = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedExpertRowLinear) if description.expert_bias else linears
+    router: Any = TopKRouter
     if description.router != RouterStyle():
-        spec.submodules.router = functools.partial(StyledRouter, style=description.router)
-    if description.expert_bias:
-        linears = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedExpertRowLinear)
-        spec.submodules.experts.submodules = linears
+        router = functools.partial(StyledRouter, style=description.router)
+    elif description.choice is not None:
+        router = functools.partial(GroupedRouter, choice=description.choice)
+    submodules = MoESubmodules(
+        experts=ModuleSpec(module=GroupedExperts, submodules=of_experts),
+        shared_experts=ModuleSpec(module=SharedExperts, submodules=linears),
+        router=router,
+    )
+    return ModuleSpec(module=MoELayer, submodules=submodules)
 
 
 def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> None:

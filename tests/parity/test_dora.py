@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.distributed.harness import RankError, run_distributed
 from tests.distributed.runs import Run, open_model
-from tests.parity.ranks import adapter_logits, first_step, train_lora
-from tests.parity.reference import distance, load_peft, load_tensors, logits_with
-from tests.parity.test_lora_parity import norm_of_fused, peft_gradients, rows_for_transformers
+from tests.parity.ranks import adapter_logits, train_lora
+from tests.parity.reference import distance, load_tensors, logits_with
+from tests.parity.test_lora_parity import check_gradients_of_an_adapter
 from tests.tiny import make_checkpoint, make_peft_adapter, write_rows
 
 DORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "use_dora": True}
@@ -60,21 +60,9 @@ def test_a_run_computes_the_same_in_peft_and_merged(layout: str, base: Path, ids
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_equal_those_of_peft(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
     """From an adapter of our own: the modules of a fused layer share one A, so its gradient is the sum of theirs."""
-    run_distributed(train_lora, 1, Run(base, base.parent / "rows.jsonl", lora=DORA, steps=3), ids, tmp_path)
-    world, sizes = LAYOUTS[layout]
-    run = Run(base, base.parent / "rows.jsonl", adapter=tmp_path / "adapter", max_grad_norm=0.0, **sizes)
-    found = run_distributed(first_step, world, run, tmp_path / "gradients")
-    model = load_peft(base, tmp_path / "adapter", trainable=True)
-    loss = model(**rows_for_transformers(base, base.parent / "rows.jsonl", found[0].rows)).loss
-    loss.backward()
-    expected = {name.removesuffix(".weight") if "magnitude" in name else name: gradient for name, gradient in peft_gradients(model).items()}
-    ours = load_tensors(tmp_path / "gradients")
-    assert set(ours) == set(expected)
-    for name, gradient in expected.items():
-        assert (ours[name] - gradient).norm() < 1e-4 * gradient.norm(), name
-    for rank in found:
-        assert rank.loss == pytest.approx(loss.item(), rel=1e-5)
-        assert rank.grad_norm == pytest.approx(norm_of_fused(expected), rel=1e-4)
+    rows = base.parent / "rows.jsonl"
+    run_distributed(train_lora, 1, Run(base, rows, lora=DORA, steps=3), ids, tmp_path)
+    check_gradients_of_an_adapter(LAYOUTS[layout], base, rows, tmp_path)
 
 
 PEFT: dict[str, dict[str, Any]] = {

@@ -48,10 +48,10 @@ def gate_of(config: TransformerConfig) -> Gate | None:
 
 
 def gated_mlp(submodules: MLPSubmodules, tp_group: dist.ProcessGroup) -> type[GatedMLP]:
-    """A class that needs nothing but a config: from a spec, megatron hands the group on to none but the classes that it knows by name."""
+    """A class that needs nothing but a config: what else a layer hands on depends on megatron's version and on the classes that it knows by name."""
 
     class _Bound(GatedMLP):
-        def __init__(self, config: TransformerConfig) -> None:
+        def __init__(self, config: TransformerConfig, **_handed: Any) -> None:
             super().__init__(config, submodules, tp_group=tp_group)
 
     return _Bound
