@@ -109,6 +109,114 @@ def lora(into: int, out: int, rank: int, dropout: float) -> Methods:
     return methods
 
 
+# ---- between the products ------------------------------------------------------------------------------------------------------------
+
+
+def fresh(*shape: int, dtype: str = "bfloat16") -> Any:
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype)).requires_grad_()
+
+
+def both_ways(inputs: list[Any], ours: Callable[..., Any], eager: Callable[..., Any], compiled: bool, touched: int) -> Methods:
+    """Forward and backward of an operator; the limit is a copy of as many bytes as it must read and write, `touched` values."""
+    import torch
+
+    def outputs(function: Callable[..., Any]) -> tuple[Any, ...]:
+        found = function(*inputs)
+        return found if isinstance(found, tuple) else (found,)
+
+    pull = tuple(map(torch.ones_like, outputs(eager)))
+    source, target = (torch.zeros(touched // 2, dtype=inputs[0].dtype) for _ in range(2))
+
+    def step(function: Callable[..., Any]) -> None:
+        torch.autograd.grad(outputs(function), inputs, pull)
+
+    methods: Methods = {"ours": partial(step, ours), "limit": partial(target.copy_, source), "eager": partial(step, eager)}
+    return {**methods, "torch.compile": partial(step, torch.compile(eager))} if compiled else methods
+
+
+def norm(dtype: str, compiled: bool) -> Methods:
+    """1024 tokens of 576: x -> y, and (y's gradient, x) -> x's."""
+    import torch
+    from torch.nn import functional as F
+
+    from mswift.kernels.elementwise import rms_norm
+
+    x, weight = fresh(1024, 576, dtype=dtype), torch.ones(576, dtype=getattr(torch, dtype))
+    return both_ways([x], lambda x: rms_norm(x, weight, 1e-5), lambda x: F.rms_norm(x, (576,), weight, 1e-5), compiled, 5 * x.numel())
+
+
+def norm_of_a_sum(dtype: str, compiled: bool) -> Methods:
+    """The same with the residual's addition in front; both the norm and the sum are used."""
+    import torch
+    from torch.nn import functional as F
+
+    from mswift.kernels.elementwise import add_rms_norm
+
+    x, residual, weight = fresh(1024, 576, dtype=dtype), fresh(1024, 576, dtype=dtype), torch.ones(576, dtype=getattr(torch, dtype))
+
+    def eager(x: Any, residual: Any) -> Any:
+        total = x + residual
+        return F.rms_norm(total, (576,), weight, 1e-5), total
+
+    return both_ways([x, residual], lambda x, r: tuple(add_rms_norm(x, r, weight, 1e-5)), eager, compiled, 8 * x.numel())
+
+
+def gate(dtype: str, compiled: bool) -> Methods:
+    """1024 tokens, 1536 gates and as many values."""
+    from torch.nn import functional as F
+
+    from mswift.kernels.elementwise import gated_activation
+
+    x = fresh(1024, 3072, dtype=dtype)
+    return both_ways([x], gated_activation, lambda x: F.silu(x[:, :1536]) * x[:, 1536:], compiled, 4 * x.numel())
+
+
+def rotation(dtype: str, compiled: bool) -> Methods:
+    """512 x 2 tokens, 9 heads of 64, in halves."""
+    import torch
+
+    from mswift.kernels.elementwise import rotate
+
+    x, angles = fresh(512, 2, 9, 64, dtype=dtype), torch.randn(512, 32)
+    table = torch.stack((angles.cos(), angles.sin()))
+
+    def eager(x: Any) -> Any:  # as transformers does it, in the dtype of the values
+        cos, sin = (part.repeat(1, 2)[:, None, None].to(x.dtype) for part in table)
+        return x * cos + torch.cat((-x[..., 32:], x[..., :32]), dim=-1) * sin
+
+    return both_ways([x], lambda x: rotate(x, table, interleaved=False), eager, compiled, 4 * x.numel())
+
+
+def attention(dtype: str, packed: bool, compiled: bool) -> Methods:
+    """Causal, 9 heads on 3 groups of 64: 2 rows of 512 tokens, or 8 rows of 128 end to end. The limit: its seven products on the tiles that are
+    seen, as products of whole matrices."""
+    import torch
+    from torch.nn import functional as F
+
+    from mswift.kernels.packed_attention import packed_attention
+
+    rows, length = (8, 128) if packed else (2, 512)
+    q, k, v = (fresh(rows * length, heads, 64, dtype=dtype) for heads in (9, 3, 3))
+    bounds = torch.arange(rows + 1, dtype=torch.int32) * length
+
+    def eager(q: Any, k: Any, v: Any) -> Any:
+        parts = [x.view(rows, length, -1, 64).transpose(1, 2) for x in (q, k, v)]
+        return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+
+    tiles = length // 64
+    wide, seen = torch.zeros(576, 576, dtype=q.dtype), 7 * 9 * rows * tiles * (tiles + 1) // 2 * 64**3
+    methods = both_ways([q, k, v], lambda q, k, v: packed_attention(q, k, v, bounds), eager, compiled, 2)
+    out = torch.zeros(576, 576, dtype=q.dtype)
+
+    def products() -> None:
+        for _ in range(round(seen / 576**3)):
+            torch.mm(wide, wide, out=out)
+
+    return {**methods, "limit": products}
+
+
 def cases(compiled: bool) -> Iterator[tuple[str, Callable[[], Methods]]]:
     for name, shape in (("small", SMALL), ("large", LARGE)):
         for kind, trained in (("frozen", False), ("trained", True)):
@@ -118,6 +226,12 @@ def cases(compiled: bool) -> Iterator[tuple[str, Callable[[], Methods]]]:
         for rank in (8, 16, 64):
             for dropout in (0.0, 0.1):
                 yield f"lora/{into}x{out}/r{rank}/dropout{dropout}", partial(lora, into, out, rank, dropout)
+    for dtype in ("bfloat16", "float32"):
+        rows = {"norm": norm, "norm of a sum": norm_of_a_sum, "gate": gate, "rotation": rotation}
+        for name, make in rows.items():
+            yield f"rows/{name}/{dtype}", partial(make, dtype, compiled)
+        for packed in (False, True):
+            yield f"attention/{'8x128' if packed else '2x512'}/{dtype}", partial(attention, dtype, packed, compiled)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------------------
