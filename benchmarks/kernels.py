@@ -202,8 +202,8 @@ def attention(dtype: str, packed: bool, compiled: bool) -> Methods:
     bounds = torch.arange(rows + 1, dtype=torch.int32) * length
 
     def eager(q: Any, k: Any, v: Any) -> Any:
-        parts = [x.view(rows, length, -1, 64).transpose(1, 2) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+        q, k, v = (x.view(rows, length, -1, 64).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
     tiles = length // 64
     wide, seen = torch.zeros(576, 576, dtype=q.dtype), 7 * 9 * rows * tiles * (tiles + 1) // 2 * 64**3
