@@ -5,7 +5,8 @@ program says of reading and writing, and the sync after it; the whole command, i
 is JSON: rows of ``name, ours, peer, peer_name, ratio`` (GB/s; median of the ratios of pairs), with the peak memory of a process and its limit (its
 shard + largest tensor + 1 GiB).
 
-Usage: python benchmarks/convert.py --folder DIR [--models dense moe] [--ranks 2] [--pairs 3] [--scale 1.0]
+Usage: python benchmarks/convert.py --folder DIR [--models dense moe] [--only to_mcore to_hf] [--ranks 2] [--pairs 3] [--scale 1.0]
+One model in one direction is a piece that can be measured by itself; what it starts from is made if it is not in DIR yet.
 """
 
 from __future__ import annotations
@@ -158,33 +159,39 @@ def measure(name: str, program: str, source: Path, target: Path, flags: list[str
     return row
 
 
+PROGRAMS = {"to_mcore": "hf_to_megatron", "to_hf": "megatron_to_hf"}
+
+
+def pieces(kind: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of one model."""
+    config, flag = MODELS[kind]
+    config = {**config, "num_hidden_layers": max(2, round(config["num_hidden_layers"] * options.scale))}
+    source, megatron = options.folder / kind, options.folder / f"{kind}-mcore"
+    make_model(config, source)
+    largest = max(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for _, shape in tensors_of(config)) / 2**30
+    whole = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2**30
+    spread = sum(2 * shape[0] * shape[1] for name, shape in tensors_of(config) if ".experts." in name) / 2**30
+    for ranks in options.ranks:
+        flags = [flag, str(ranks)]
+        for way in options.only:
+            start, end = (source, megatron) if way == "to_mcore" else (megatron, options.folder / f"{kind}-hf")
+            if not start.exists():
+                convert(PROGRAMS["to_mcore"], source, start, flags, ranks)
+            row = measure(f"{kind} {PROGRAMS[way]} {flag} {ranks}", PROGRAMS[way], start, end, flags, ranks, options.pairs)
+            limit = (whole - spread) / (ranks if kind == "dense" else 1) + spread / ranks + largest + 1
+            yield {**row, "limit_gib": limit, "within_limit": row["peak_gib"] <= limit}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured; needs 25 GB")
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured; needs 35 GB")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--only", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS), help="directions")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the layers, for a quick look")
     options = parser.parse_args()
-    rows = []
-    for kind in options.models:
-        config, flag = MODELS[kind]
-        config = {**config, "num_hidden_layers": max(2, round(config["num_hidden_layers"] * options.scale))}
-        source = options.folder / kind
-        make_model(config, source)
-        largest = max(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for _, shape in tensors_of(config)) / 2**30
-        whole = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2**30
-        spread = sum(2 * shape[0] * shape[1] for name, shape in tensors_of(config) if ".experts." in name) / 2**30
-        for ranks in options.ranks:
-            flags = [flag, str(ranks)]
-            for program, start, end in (
-                ("hf_to_megatron", source, f"{kind}-mcore"),
-                ("megatron_to_hf", options.folder / f"{kind}-mcore", f"{kind}-hf"),
-            ):
-                row = measure(f"{kind} {program} {flag} {ranks}", program, start, options.folder / end, flags, ranks, options.pairs)
-                row["limit_gib"] = (whole - spread) / (ranks if kind == "dense" else 1) + spread / ranks + largest + 1
-                rows.append(row)
-    print(json.dumps(rows))
+    print(json.dumps([row for kind in options.models for row in pieces(kind, options)]))
 
 
 if __name__ == "__main__":

@@ -121,10 +121,18 @@ def gather_shards(shard: torch.Tensor, dim: int | None, owner: int, spread: Spre
     if spread.num_shards == 1 or dim is None:
         return [shard] if spread.shard == owner else []
     data = shard.detach().to(_device(spread)).contiguous().reshape(-1).view(torch.uint8)
-    parts = [torch.empty_like(data) for _ in range(spread.num_shards)] if spread.shard == owner else None
     assert spread.group is not None
-    dist.gather(data, parts, dst=dist.get_global_rank(spread.group, owner), group=spread.group)
-    return [part.view(shard.dtype).reshape(shard.shape) for part in parts or []]
+    ranks = dist.get_process_group_ranks(spread.group)
+    if spread.shard != owner:
+        dist.send(data, ranks[owner], group=spread.group)
+        return []
+    parts = []
+    for number, rank in enumerate(ranks):  # one by one into place: a gather by gloo would hold all of them twice
+        part = data if number == owner else torch.empty_like(data)
+        if number != owner:
+            dist.recv(part, rank, group=spread.group)
+        parts.append(part.view(shard.dtype).reshape(shard.shape))
+    return parts
 
 
 def gather_small(tensors: Mapping[str, tuple[torch.Tensor, Shard, Parts]], groups: ExportGroups) -> dict[str, torch.Tensor]:
