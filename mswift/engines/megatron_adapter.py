@@ -29,13 +29,14 @@ from mswift.conversion.rules import Parts, Rule, Shape
 from mswift.conversion.shards import Shard, take
 from mswift.errors import ConfigError, ModelError, MswiftError
 from mswift.families.model import base_parameters, shard_of
-from mswift.log import is_main_process
+from mswift.log import get_logger, is_main_process
 from mswift.tuners.lora import Adapter, LoraSettings
 from mswift.tuners.targets import ADAPTABLE, EMBEDDING, ROUTED, ROUTER, WITHOUT_DORA, adaptable, coverage, kind_of
 
 if TYPE_CHECKING:
     from mswift.engines.megatron_model import MegatronModel
 
+logger = get_logger(__name__)
 Pair = tuple[torch.Tensor, torch.Tensor]
 _STOLEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 """Module names that peft takes for those of routed experts alone in a mixture (its `_MOE_TARGET_MODULE_MAPPING`)."""
@@ -175,9 +176,11 @@ def export_adapter(model: MegatronModel, directory: Path, *, base_model: str, fo
     if is_main_process():
         lora = model.lora
         try:
+            written = _written(rules, whole, form or installed_form(), dora=lora.use_dora)
+            _tell_stolen(rules, written, dora=lora.use_dora)
             write_peft(
                 directory,
-                _written(rules, whole, form or installed_form(), dora=lora.use_dora),
+                written,
                 base_model=base_model,
                 rank=lora.rank,
                 alpha=lora.alpha,
@@ -214,6 +217,16 @@ def _written(rules: Mapping[str, Rule], whole: Mapping[str, torch.Tensor], form:
         target_modules=targets.modules(),
         target_parameters=[*targets.parameters(), *_shortest({s.parameter for s in stacks}, targets.every_stack, 2)] if for_peft or stacks else (),
     )
+
+
+def _tell_stolen(rules: Mapping[str, Rule], written: WrittenAdapter, *, dora: bool) -> None:
+    """Say it where peft would take the names of dense layers for those of routed experts, for which it has no DoRA."""
+    stolen = sorted(_STOLEN & {name.rpartition(".")[2] for name in written.target_modules or ()})
+    if dora and stolen and expert_modules(rules.values()):
+        logger.warning(
+            f"DoRA on {', '.join(stolen)}: in most mixtures peft takes these names for those of routed experts, where it has no DoRA, and does not load "
+            "the adapter; mswift does, and mswift export --merge_lora true makes a whole model of it"
+        )
 
 
 def _in_model(rule: Rule) -> Rule:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mswift.tuners.targets import ALL_LINEAR, WITHOUT_DORA
 from tests.distributed.harness import RankError, run_distributed
 from tests.distributed.runs import Run, open_model
+from tests.parity.cases import options_of
 from tests.parity.ranks import adapter_logits, train_lora
 from tests.parity.reference import distance, load_tensors, logits_with
 from tests.parity.test_lora_parity import check_gradients_of_an_adapter
@@ -23,6 +25,7 @@ LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "tp2-split-sequences": (2, {"tp": 2, "sequence_parallel": True}),
     "tp2-pp2": (4, {"tp": 2, "pp": 2}),
+    "cp2": (2, {"cp": 2}),
 }
 """Two of three groups of heads: tensor-parallel ranks have one of zeros, whose rows have no norm."""
 
@@ -63,6 +66,39 @@ def test_gradients_equal_those_of_peft(layout: str, base: Path, ids: Tensor, tmp
     rows = base.parent / "rows.jsonl"
     run_distributed(train_lora, 1, Run(base, rows, lora=DORA, steps=3), ids, tmp_path)
     check_gradients_of_an_adapter(LAYOUTS[layout], base, rows, tmp_path)
+
+
+DENSE = tuple(kind for kind in ALL_LINEAR if kind not in WITHOUT_DORA)
+MIXTURES: dict[str, tuple[str, int, dict[str, Any], bool]] = {
+    "qwen2_moe-tp2": ("qwen2_moe/normalised-some-dense", 2, {"tp": 2, "sequence_parallel": True}, True),
+    "deepseek_v3-ep2": ("deepseek_v3/plain", 2, {"ep": 2}, False),
+    "qwen3_next-pp2": ("qwen3_next/not-normalised-some-dense", 2, {"pp": 2}, False),
+    "granitemoe-ep2": ("granitemoe/plain", 2, {"ep": 2}, True),
+}
+"""The last: whether peft can load it. It takes gate_proj, up_proj and down_proj for routed experts in most mixtures, and has no DoRA there."""
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_has_it_everywhere_but_in_its_experts(name: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
+    """Attention, delta nets, dense layers and shared experts; with the scale of rsLoRA."""
+    case, world, sizes, readable = MIXTURES[name]
+    family, changes = options_of(case)
+    model, adapter = make_checkpoint(tmp_path / "model", family, **changes), tmp_path / "adapter"
+    run = Run(model, base.parent / "rows.jsonl", steps=4, lora={**DORA, "use_rslora": True, "targets": DENSE}, **sizes)
+    ranks = run_distributed(train_lora, world, run, ids, tmp_path, timeout=120)
+    logits = next(rank.logits for rank in ranks if rank.logits is not None)
+    assert distance(logits_with(model, None, ids), logits) > 0.1
+    assert distance(logits_with(tmp_path / "merged", None, ids), logits) < 1e-4
+    assert distance(run_distributed(adapter_logits, 1, [Run(model, adapter=adapter)], ids)[0][0], logits) < 1e-4
+    tensors = load_tensors(adapter)
+    adapted = {key.rpartition(".lora")[0] for key in tensors}
+    assert not any(".mlp.experts" in module for module in adapted)
+    assert len(adapted) == len([key for key in tensors if key.endswith("magnitude_vector")]) > 8
+    if readable:
+        assert distance(logits_with(model, adapter, ids), logits) < 1e-4
+        return
+    with pytest.raises(ValueError, match="ParamWrapper does not work with use_dora=True"):
+        logits_with(model, adapter, ids)
 
 
 PEFT: dict[str, dict[str, Any]] = {

@@ -40,7 +40,7 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "gemma2-tp2-limits": ("gemma2", {"sliding_window": 6, "final_logit_softcapping": 9.0}, 2, {"tp": 2, "lora": LORA}),
     "qwen2-moe-tp2": ("qwen2_moe", MIXTURE, 2, {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": EVERYTHING}}),
     "mixtral-tp2-ep2-etp1": (*options_of("mixtral/plain"), 4, {"tp": 2, "ep": 2, "sequence_parallel": True, "lora": {**LORA, "targets": EVERYTHING}}),
-    "qwen3-moe-ep2-etp2": ("qwen3_moe", ROUTED, 4, {"ep": 2, "etp": 2, "lora": LORA}),
+    "qwen3-moe-ep2-etp2": ("qwen3_moe", ROUTED, 4, {"ep": 2, "etp": 2, "lora": {**LORA, "use_rslora": True}}),
     "qwen3.5-moe-tp2": ("qwen3_5_moe_text", MIXTURE_OF_NEXT, 2, {"tp": 2, "sequence_parallel": True, "lora": LORA}),
     "qwen3-next-pp2-vpp2": ("qwen3_next", MIXTURE_OF_NEXT, 2, {"pp": 2, "vpp": 2, "lora": {**LORA, "targets": EVERYTHING}}),
     "deepseek-v3-tp2": (*options_of("deepseek_v3/plain"), 2, {"tp": 2, "sequence_parallel": True, "lora": {**LORA, "targets": EVERYTHING}}),

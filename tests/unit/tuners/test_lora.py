@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mswift.tuners.targets import ADAPTABLE
 from tests.distributed.harness import RankError, run_distributed
 from tests.distributed.runs import Run, open_model
+from tests.parity.cases import options_of
 from tests.parity.reference import load_tensors
 from tests.tiny import make_model
 
@@ -102,6 +105,36 @@ def test_an_adapter_begins_alike_in_every_layout(sizes: dict[str, Any], checkpoi
     assert set(found) == set(fresh)
     for name, tensor in fresh.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Tensor]]:
+    """A mixture to be adapted all over, and the adapter as it begins on one rank."""
+    folder = tmp_path_factory.mktemp("mixture")
+    kind, changes = options_of("qwen3_next/not-normalised-some-dense")
+    make_model(kind, **changes).save_pretrained(folder / "model")
+    run = Run(folder / "model", lora={**LORA, "targets": ADAPTABLE})
+    run_distributed(_export_fresh, 1, run, folder / "adapter")
+    return run, load_tensors(folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"ep": 2}, {"ep": 2, "etp": 2}, {"tp": 2, "ep": 2}, {"pp": 2, "ep": 2}, {"tp": 2, "pp": 2, "etp": 2}],
+    ids=lambda sizes: "-".join(f"{name}{size}" for name, size in sizes.items()),
+)
+def test_adapters_of_experts_begin_alike_in_every_layout(sizes: dict[str, int], mixture: tuple[Run, dict[str, Tensor]], tmp_path: Path) -> None:
+    run, first = mixture
+    run_distributed(_export_fresh, 4, replace(run, **sizes), tmp_path / "adapter", timeout=120)
+    found = load_tensors(tmp_path / "adapter")
+    assert set(found) == set(first)
+    for name, tensor in first.items():
+        assert torch.equal(found[name], tensor), name
+    experts = [tensor for name, tensor in first.items() if name.endswith(("experts.lora_A.weight", "experts.base_layer.lora_A.weight"))]
+    assert len(experts) == 3 * 2
+    for factors in experts:  # of all experts of a layer, one below the other
+        parts = factors.chunk(6)
+        assert all(part.count_nonzero() == part.numel() and not torch.equal(part, other) for part, other in zip(parts, parts[1:]))
 
 
 def test_the_first_values_are_those_of_peft(checkpoint: Path, fresh: dict[str, Tensor], tmp_path: Path) -> None:
