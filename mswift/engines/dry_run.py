@@ -19,7 +19,7 @@ from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule
 from mswift.families import find_family
 from mswift.families.base import choose_dtype
-from mswift.families.common import all_rules, count_further
+from mswift.families.common import all_rules
 from mswift.families.fields import describe_checked
 from mswift.families.model import base_parameters, build_model, read_hf_config, transformer_config
 from mswift.parallel.groups import make_groups
@@ -78,7 +78,7 @@ def plan_conversion(
     ranks, names, shapes = [], set(), []
     places = [(stage, ep) for stage in range(layout.pp) for ep in range(layout.ep)]
     with open_checkpoint(directory) as reader:
-        further = count_further(description, reader.names)
+        further = family.count_further(hf, reader.names)
         description = description.with_further(further)
         rules = all_rules(family, hf, description.padding(layout.tp), further)
         for done, (stage, ep) in enumerate(places, start=1):

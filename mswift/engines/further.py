@@ -20,8 +20,8 @@ from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import PaddedRows, Rename, Rule
 from mswift.conversion.safetensors_io import TensorReader
 from mswift.conversion.shards import Shard
-from mswift.families.base import MegatronDescription
-from mswift.families.common import SHARED_COPY, count_further
+from mswift.families.base import HfConfig, ModelFamily
+from mswift.families.common import SHARED_COPY
 from mswift.families.model import base_parameters
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ PREFIX = "mtp."
 """How megatron-core's names of these layers begin."""
 
 
-def count_in(directory: Path, description: MegatronDescription) -> int:
+def count_in(directory: Path, family: ModelFamily, hf: HfConfig) -> int:
     """How many such layers a checkpoint of either form has."""
     if not is_megatron(directory):
         with open_checkpoint(directory) as reader:
-            return count_further(description, reader.names)
+            return family.count_further(hf, reader.names)
     numbers = {match[1] for key in stored_shapes(megatron_weights(directory)) if (match := re.match(r"mtp\.layers\.(\d+)\.", key))}
     return len(numbers)
 

@@ -224,8 +224,8 @@ def _tell_stolen(rules: Mapping[str, Rule], written: WrittenAdapter, *, dora: bo
     stolen = sorted(_STOLEN & {name.rpartition(".")[2] for name in written.target_modules or ()})
     if dora and stolen and expert_modules(rules.values()):
         logger.warning(
-            f"DoRA on {', '.join(stolen)}: in most mixtures peft takes these names for those of routed experts, where it has no DoRA, and does not load "
-            "the adapter; mswift does, and mswift export --merge_lora true makes a whole model of it"
+            f"DoRA on {', '.join(stolen)}: in most mixtures peft takes these names for those of routed experts, where it has no DoRA, and does not "
+            "load the adapter; mswift does, and mswift export --merge_lora true makes a whole model of it"
         )
 
 

@@ -95,7 +95,7 @@ class MegatronModel:
             self.family, read_json(path), self.hf_config, str(path), allow_unknown=settings.allow_unknown_config
         )
         if settings.further:
-            self.description = self.description.with_further(further.count_in(settings.directory, self.description))
+            self.description = self.description.with_further(further.count_in(settings.directory, self.family, self.hf_config))
         self.dtype: torch.dtype = _DTYPES[choose_dtype(settings.dtype, self.hf_config.dtype, str(settings.directory))]
         self.config = transformer_config(
             self.description, groups, runtime, dtype=self.dtype, sequence_parallel=settings.sequence_parallel, **(settings.transformer or {})
@@ -266,7 +266,8 @@ class MegatronModel:
     def _exported_config(self) -> dict[str, Any]:
         """The checkpoint's config.json; one that promises layers which were left out would have them made up at random."""
         config = json.loads((self.settings.directory / CONFIG_FILE).read_text(encoding="utf8"))
-        return {**config, "num_nextn_predict_layers": 0} if self.description.further_layers and self.unread else config
+        counts = [name for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if name in config] or ["num_nextn_predict_layers"]
+        return {**config, **dict.fromkeys(counts, 0)} if self.description.further_layers and self.unread else config
 
     def _stored_dtype(self, name: str, parameter: torch.Tensor) -> torch.dtype:
         return self.dtype if name in self.held_wider else parameter.dtype

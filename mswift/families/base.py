@@ -6,7 +6,7 @@ Importing the families needs no torch, so that an architecture that none of them
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -192,13 +192,15 @@ class MegatronDescription:
     built_further: int = 0
 
     def with_further(self, count: int) -> MegatronDescription:
-        """The same with `count` layers that predict further ahead, each of the kind of the last layer."""
+        """The same with `count` layers that predict further ahead, each of the kind of the last layer, but never a delta net."""
 
-        def longer(pattern: Any) -> Any:
-            return pattern if pattern is None or isinstance(pattern, int) else type(pattern)([*pattern, *[pattern[-1]] * count])
+        def longer(pattern: Any, kind: int | None = None) -> Any:
+            if pattern is None or isinstance(pattern, int):
+                return pattern
+            return type(pattern)([*pattern, *[pattern[-1] if kind is None else kind] * count])
 
-        names = ("moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq")
-        patterns = {name: longer(self.transformer[name]) for name in names if name in self.transformer}
+        kinds = {"moe_layer_freq": None, "linear_attention_freq": 0, "window_attn_skip_freq": None}
+        patterns = {name: longer(self.transformer[name], kind) for name, kind in kinds.items() if name in self.transformer}
         style = self.attention
         attention = replace(
             style,
@@ -250,6 +252,8 @@ class ModelFamily:
         describe: Hugging Face config -> megatron description; raises ModelError for what it cannot express exactly.
         rules: (Hugging Face config, padding of the layout) -> one rule for every tensor.
         further_rules: (Hugging Face config, padding, how many) -> the rules of the layers that predict further ahead; None: they cannot be loaded.
+        count_further: (Hugging Face config, names of a checkpoint's tensors) -> how many of them it has.
+        limits: variants of it, and settings, that are refused or do not work; for docs/models.md.
         model_types: pairs of a ``model_type`` that transformers does not know and the one whose config class reads such a config.json.
     """
 
@@ -258,7 +262,9 @@ class ModelFamily:
     describe: Callable[[HfConfig], MegatronDescription]
     rules: Callable[[HfConfig, Padding], tuple[AnyRule, ...]]
     further_rules: Callable[[HfConfig, Padding, int], tuple[AnyRule, ...]] | None = None
+    count_further: Callable[[HfConfig, Iterable[str]], int] = lambda _hf, _tensors: 0
     model_types: tuple[tuple[str, str], ...] = ()
+    limits: str = ""
 
 
 _FAMILIES: dict[str, ModelFamily] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,37 @@ PRE_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_at
 
 
 @dataclass(frozen=True)
+class FurtherNames:
+    """What a checkpoint calls the tensors of a layer that predicts further ahead, without ``.weight``.
+
+    In each, ``{layer}`` is its number behind those of the model (DeepSeek-V3), ``{index}`` its number among its kind. Where only the block has a
+    number, the rest is one for all, and more than one layer cannot be expressed.
+
+    Args:
+        copies: those that are copies of the embedding, of the head; full names.
+    """
+
+    block: str = "model.layers.{layer}."
+    enorm: str = "model.layers.{layer}.enorm"
+    hnorm: str = "model.layers.{layer}.hnorm"
+    norm: str = "model.layers.{layer}.shared_head.norm"
+    eh_proj: str = "model.layers.{layer}.eh_proj"
+    copies: tuple[str, str] | None = ("model.layers.{layer}.embed_tokens.weight", "model.layers.{layer}.shared_head.head.weight")
+
+    @property
+    def numbered_on(self) -> bool:
+        """Whether they are called as further layers of the model."""
+        return "{layer}" in self.block
+
+    def numbered(self, layer: int, index: int) -> FurtherNames:
+        """Those of one layer."""
+        given = {"layer": layer, "index": index}
+        block, enorm, hnorm, norm, eh_proj = (name.format(**given) for name in (self.block, self.enorm, self.hnorm, self.norm, self.eh_proj))
+        copies = None if self.copies is None else (self.copies[0].format(**given), self.copies[1].format(**given))
+        return FurtherNames(block, enorm, hnorm, norm, eh_proj, copies)
+
+
+@dataclass(frozen=True)
 class TensorNames:
     """What a family calls the tensors of a block, below ``model.layers.N.`` and without ``.weight``.
 
@@ -34,7 +65,7 @@ class TensorNames:
         qkv: query, key and value projections; the same name three times where they are one tensor. gate_up: likewise of the MLP.
         up: the first MLP layer where it is not gated. norms: our name -> the family's. head_norms: of queries, of keys. sinks: the whole name.
         experts: of the layers that have some. delta_inputs: how delta nets are written, see `delta_rules`. dropped: tensors of a checkpoint
-            that are left out.
+            that are left out. further: of layers that predict further ahead.
     """
 
     qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -48,6 +79,7 @@ class TensorNames:
     experts: ExpertNames = field(default_factory=ExpertNames)
     delta_inputs: Literal["packed", "separate"] = "separate"
     dropped: tuple[Drop, ...] = ()
+    further: FurtherNames = field(default_factory=FurtherNames)
 
 
 def field_of(hf: HfConfig, *names: str, default: Any = None) -> Any:
@@ -165,8 +197,9 @@ def decoder_family(
     describe: Callable[[HfConfig], MegatronDescription],
     names: TensorNames | None = None,
     model_types: tuple[tuple[str, str], ...] = (),
+    limits: str = "",
 ) -> ModelFamily:
-    """Register a family whose rules follow from its description and its names."""
+    """Register a family whose rules follow from its description and its names; see `ModelFamily` for the rest."""
     known = names or TensorNames()
 
     def rules(hf: HfConfig, padding: Padding) -> tuple[AnyRule, ...]:
@@ -175,7 +208,10 @@ def decoder_family(
     def further(hf: HfConfig, padding: Padding, count: int) -> tuple[AnyRule, ...]:
         return further_rules(describe(hf).with_further(count), padding, known)
 
-    return register(ModelFamily(name, architectures, describe, rules, further, model_types))
+    def count(hf: HfConfig, tensors: Iterable[str]) -> int:
+        return count_further(describe(hf), set(tensors), known)
+
+    return register(ModelFamily(name, architectures, describe, rules, further, count, model_types, limits))
 
 
 def decoder_rules(description: MegatronDescription, padding: Padding, names: TensorNames) -> tuple[AnyRule, ...]:
@@ -191,20 +227,19 @@ def decoder_rules(description: MegatronDescription, padding: Padding, names: Ten
         rules.append(Drop(r"lm_head\.weight", "tied to the embedding", equals="model.embed_tokens.weight"))
     else:
         rules.append(PaddedRows("output_layer.weight", "lm_head.weight", description.vocab_size, padding.vocab))
-    if description.further_layers:
+    if description.further_layers and names.further.numbered_on:
         first = description.transformer["num_layers"]
         numbers = "|".join(str(first + index) for index in range(description.further_layers))
         rules.append(Drop(rf"model\.layers\.({numbers})\..*", FURTHER_LAYERS, told=True))
     if description.head_bias:
         rules.append(PaddedRows("output_layer.bias", "lm_head.bias", description.vocab_size, padding.vocab))
     for layer in range(description.transformer["num_layers"]):
-        rules += _layer(f"decoder.layers.{layer}.", layer, description, padding, names)
+        rules += _layer(f"decoder.layers.{layer}.", f"model.layers.{layer}.", layer, description, padding, names)
     return tuple(rules)
 
 
-def _layer(ours: str, layer: int, description: MegatronDescription, padding: Padding, names: TensorNames) -> list[Rule]:
+def _layer(ours: str, theirs: str, layer: int, description: MegatronDescription, padding: Padding, names: TensorNames) -> list[Rule]:
     rules: list[Rule] = []
-    theirs = f"model.layers.{layer}."
     for mine, its in names.norms.items():
         rules += _norm(ours + mine, theirs + its, description)
     if description.is_recurrent(layer):
@@ -217,17 +252,17 @@ def _layer(ours: str, layer: int, description: MegatronDescription, padding: Pad
 
 
 def further_rules(description: MegatronDescription, padding: Padding, names: TensorNames) -> tuple[AnyRule, ...]:
-    """The rules of the layers that predict further ahead, as DeepSeek-V3 writes them: numbered on, with copies of the embedding and the head."""
+    """The rules of the layers that predict further ahead; copies of the embedding and the head that stand beside them are dropped."""
     rules: list[AnyRule] = []
     first, head = description.transformer["num_layers"], "model.embed_tokens.weight" if description.tied else "lm_head.weight"
     for index in range(description.built_further):
-        ours, theirs = f"mtp.layers.{index}.", f"model.layers.{first + index}."
-        rules += _layer(f"{ours}{MTP_BLOCK}.", first + index, description, padding, names)
-        for mine, its in (("enorm", "enorm"), ("hnorm", "hnorm"), ("final_layernorm", "shared_head.norm")):
-            rules += _norm(ours + mine, theirs + its, description)
-        rules.append(Rename(f"{ours}eh_proj.weight", f"{theirs}eh_proj.weight"))
-        copies = {f"{theirs}embed_tokens.weight": "model.embed_tokens.weight", f"{theirs}shared_head.head.weight": head}
-        rules += [Drop(re.escape(copy), SHARED_COPY, equals=source) for copy, source in copies.items()]
+        ours, theirs = f"mtp.layers.{index}.", names.further.numbered(first + index, index)
+        rules += _layer(f"{ours}{MTP_BLOCK}.", theirs.block, first + index, description, padding, names)
+        for mine, its in (("enorm", theirs.enorm), ("hnorm", theirs.hnorm), ("final_layernorm", theirs.norm)):
+            rules += _norm(ours + mine, its, description)
+        rules.append(Rename(f"{ours}eh_proj.weight", f"{theirs.eh_proj}.weight"))
+        copies = zip(theirs.copies or (), ("model.embed_tokens.weight", head))
+        rules += [Drop(re.escape(copy), SHARED_COPY, equals=source) for copy, source in copies]
     return tuple(rules)
 
 
@@ -239,10 +274,20 @@ def all_rules(family: ModelFamily, hf: HfConfig, padding: Padding, further: int)
     return (*(rule for rule in rules if not (isinstance(rule, Drop) and rule.reason == FURTHER_LAYERS)), *family.further_rules(hf, padding, further))
 
 
-def count_further(description: MegatronDescription, tensors: Iterable[str]) -> int:
-    """How many layers that predict further ahead a Hugging Face checkpoint has, of those that its config.json tells of."""
-    first, known = description.transformer["num_layers"], set(tensors)
-    return sum(f"model.layers.{first + index}.eh_proj.weight" in known for index in range(description.further_layers))
+def count_further(description: MegatronDescription, tensors: Collection[str], names: TensorNames) -> int:
+    """How many layers that predict further ahead a Hugging Face checkpoint has, of those that its config.json tells of, and that can be built.
+
+    Where they are not numbered on behind the model's it is one or none: none if its tensors are not those that the rules name, all of them.
+    """
+    first = description.transformer["num_layers"]
+    if names.further.numbered_on:
+        layers = range(description.further_layers)
+        return sum(f"{names.further.numbered(first + index, index).eh_proj}.weight" in tensors for index in layers)
+    if description.further_layers != 1:
+        return 0
+    rules = further_rules(description.with_further(1), description.padding(1), names)
+    read = {source for rule in rules if isinstance(rule, Rule) for source in rule.sources}
+    return int(read == {name for name in tensors if any(drop.told and drop.matches(name) for drop in names.dropped)})
 
 
 def _norm(ours: str, theirs: str, description: MegatronDescription) -> list[Rule]:

@@ -8,7 +8,7 @@ from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription
 from mswift.families.common import TensorNames, decoder_family, describe_decoder
 from mswift.families.latent import latent_attention, latent_fields
-from mswift.families.mixtures import ExpertNames, check_fields, deepseek_choice, deepseek_mixture, deepseek_sizes, grouped_choice
+from mswift.families.mixtures import OTHER_ROUTERS, ExpertNames, check_fields, deepseek_choice, deepseek_mixture, deepseek_sizes, grouped_choice
 
 
 def describe_v3(hf: HfConfig) -> MegatronDescription:
@@ -37,5 +37,5 @@ def describe_v2(hf: HfConfig) -> MegatronDescription:
 
 
 NAMES = TensorNames(experts=ExpertNames(shared="mlp.shared_experts"))
-DEEPSEEK_V3 = decoder_family("deepseek_v3", ("DeepseekV3ForCausalLM",), describe_v3, NAMES, (("kimi_k2", "deepseek_v3"),))
-DEEPSEEK_V2 = decoder_family("deepseek_v2", ("DeepseekV2ForCausalLM",), describe_v2, NAMES)
+DEEPSEEK_V3 = decoder_family("deepseek_v3", ("DeepseekV3ForCausalLM",), describe_v3, NAMES, (("kimi_k2", "deepseek_v3"),), OTHER_ROUTERS)
+DEEPSEEK_V2 = decoder_family("deepseek_v2", ("DeepseekV2ForCausalLM",), describe_v2, NAMES, limits="other topk_method than (group_limited_)greedy")

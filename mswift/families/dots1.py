@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mswift.families.base import HfConfig, MegatronDescription
 from mswift.families.common import TensorNames, decoder_family, describe_decoder, rotations, windows
-from mswift.families.mixtures import ExpertNames, deepseek_choice, deepseek_mixture
+from mswift.families.mixtures import OTHER_ROUTERS, ExpertNames, deepseek_choice, deepseek_mixture
 
 
 def describe(hf: HfConfig) -> MegatronDescription:
@@ -14,4 +14,5 @@ def describe(hf: HfConfig) -> MegatronDescription:
     return describe_decoder(hf, attention=attention, transformer=transformer, output_bias=bias, choice=deepseek_choice(hf))
 
 
-DOTS1 = decoder_family("dots1", ("Dots1ForCausalLM",), describe, TensorNames(experts=ExpertNames(shared="mlp.shared_experts")))
+NAMES = TensorNames(experts=ExpertNames(shared="mlp.shared_experts"))
+DOTS1 = decoder_family("dots1", ("Dots1ForCausalLM",), describe, NAMES, limits=OTHER_ROUTERS)

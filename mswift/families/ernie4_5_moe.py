@@ -33,4 +33,5 @@ def describe(hf: HfConfig) -> MegatronDescription:
 
 
 EXPERTS = ExpertNames(bias="mlp.moe_statics.e_score_correction_bias", bias_has_rows=True, shared="mlp.shared_experts")
-ERNIE4_5_MOE = decoder_family("ernie4_5_moe", ("Ernie4_5_MoeForCausalLM",), describe, TensorNames(experts=EXPERTS))
+NAMES = TensorNames(experts=EXPERTS)
+ERNIE4_5_MOE = decoder_family("ernie4_5_moe", ("Ernie4_5_MoeForCausalLM",), describe, NAMES, limits="use_bias with shared experts")

@@ -52,6 +52,7 @@ NORMS = {
     "pre_mlp_layernorm": "pre_feedforward_layernorm",
     "mlp_bda.norm": "post_feedforward_layernorm",
 }
-GEMMA = decoder_family("gemma", ("GemmaForCausalLM",), describe_gemma)
-GEMMA2 = decoder_family("gemma2", ("Gemma2ForCausalLM",), describe_gemma2, TensorNames(norms=NORMS))
-GEMMA3 = decoder_family("gemma3_text", ("Gemma3ForCausalLM",), describe_gemma3, TensorNames(norms=NORMS))
+LOOKING = "use_bidirectional_attention"
+GEMMA = decoder_family("gemma", ("GemmaForCausalLM",), describe_gemma, limits=LOOKING)
+GEMMA2 = decoder_family("gemma2", ("Gemma2ForCausalLM",), describe_gemma2, TensorNames(norms=NORMS), limits=LOOKING)
+GEMMA3 = decoder_family("gemma3_text", ("Gemma3ForCausalLM",), describe_gemma3, TensorNames(norms=NORMS), limits=LOOKING)

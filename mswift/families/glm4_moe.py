@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mswift.families.base import HfConfig, MegatronDescription
 from mswift.families.common import TensorNames, decoder_family, describe_decoder, rotations
-from mswift.families.mixtures import ExpertNames, deepseek_choice, deepseek_mixture
+from mswift.families.mixtures import OTHER_ROUTERS, ExpertNames, deepseek_choice, deepseek_mixture
 
 
 def describe(hf: HfConfig) -> MegatronDescription:
@@ -13,4 +13,5 @@ def describe(hf: HfConfig) -> MegatronDescription:
     return describe_decoder(hf, attention=attention, transformer=transformer, choice=deepseek_choice(hf))
 
 
-GLM4_MOE = decoder_family("glm4_moe", ("Glm4MoeForCausalLM",), describe, TensorNames(experts=ExpertNames(shared="mlp.shared_experts")))
+NAMES = TensorNames(experts=ExpertNames(shared="mlp.shared_experts"))
+GLM4_MOE = decoder_family("glm4_moe", ("Glm4MoeForCausalLM",), describe, NAMES, limits=OTHER_ROUTERS)

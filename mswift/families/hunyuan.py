@@ -46,4 +46,5 @@ HUNYUAN_MOE = decoder_family(
     ("HunYuanMoEV1ForCausalLM",),
     describe_moe,
     TensorNames(head_norms=HEAD_NORMS, experts=ExpertNames(router="mlp.gate.wg", shared="mlp.shared_mlp")),
+    limits="num_experts or moe_topk that differ between layers",
 )

@@ -54,4 +54,4 @@ EXPERTS = ExpertNames(
     experts_module="feed_forward.experts",
 )
 NAMES = TensorNames(gate_up=("feed_forward.gate_proj", "feed_forward.up_proj"), down="feed_forward.down_proj", experts=EXPERTS)
-LLAMA4 = decoder_family("llama4_text", ("Llama4ForCausalLM",), describe, NAMES)
+LLAMA4 = decoder_family("llama4_text", ("Llama4ForCausalLM",), describe, NAMES, limits="more than one expert a token; the vision tower")

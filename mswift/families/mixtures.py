@@ -10,6 +10,9 @@ from mswift.conversion.rules import ExpertSlot, FusedGateUp, GatedSlab, Rename, 
 from mswift.errors import ModelError
 from mswift.families.base import ExpertChoice, HfConfig, MegatronDescription
 
+OTHER_ROUTERS = "other routers than sigmoid with noaux_tc"
+"""What `deepseek_mixture` refuses."""
+
 
 @dataclass(frozen=True)
 class ExpertNames:

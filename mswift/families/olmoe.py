@@ -17,4 +17,4 @@ def describe(hf: HfConfig) -> MegatronDescription:
     return describe_decoder(hf, attention=rotations(hf, head_norm="full"), transformer={**mixture, "add_qkv_bias": bias}, output_bias=bias)
 
 
-OLMOE = decoder_family("olmoe", ("OlmoeForCausalLM",), describe)
+OLMOE = decoder_family("olmoe", ("OlmoeForCausalLM",), describe, limits="clip_qkv")

@@ -52,4 +52,5 @@ def _rotation(hf: HfConfig) -> tuple[AttentionStyle, int]:
 
 
 EXPERTS = ExpertNames(router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate_up=("w1", "w3"), down="w2", router_module="mlp.router")
-PHIMOE = decoder_family("phimoe", ("PhimoeForCausalLM",), describe, TensorNames(experts=EXPERTS))
+LIMITS = "other than two experts a token; other rotary types than default and longrope, texts beyond its short length; jitter, sampling"
+PHIMOE = decoder_family("phimoe", ("PhimoeForCausalLM",), describe, TensorNames(experts=EXPERTS), limits=LIMITS)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mswift.conversion.rules import Drop
 from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription, NormStyle
-from mswift.families.common import FURTHER_LAYERS, TensorNames, decoder_family, describe_decoder, field_of, rotations
+from mswift.families.common import FURTHER_LAYERS, FurtherNames, TensorNames, decoder_family, describe_decoder, field_of, rotations
 from mswift.families.delta_nets import delta_fields
 from mswift.families.mixtures import mixture_fields, sparse_layers
 
 NORM = NormStyle(zero_centred=True)
 MTP = (Drop(r"mtp\..+", FURTHER_LAYERS, told=True),)
+FURTHER = FurtherNames("mtp.layers.{index}.", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm", "mtp.fc", copies=None)
+"""Several layers would share all but their blocks, which megatron-core's do not; such a checkpoint's are carried along as they are."""
 KINDS = ("linear_attention", "full_attention")
 
 
@@ -25,13 +28,14 @@ def _describe(hf: HfConfig, **transformer: Any) -> MegatronDescription:
     if field_of(hf, "mamba_ssm_dtype", default="float32") != "float32":
         raise ModelError(f"mamba_ssm_dtype is {hf.mamba_ssm_dtype!r}, wanted 'float32': the states of delta nets are held in nothing else here")
     bias = bool(hf.attention_bias)
-    return describe_decoder(
+    description = describe_decoder(
         hf,
         attention=rotations(hf, head_norm="shared", norm=NORM),
         transformer={**delta_fields(hf), "attention_output_gate": True, "add_qkv_bias": bias, **transformer},
         norm=NORM,
         output_bias=bias,
     )
+    return replace(description, further_layers=field_of(hf, "mtp_num_hidden_layers", "num_nextn_predict_layers", default=1))
 
 
 def describe_next(hf: HfConfig) -> MegatronDescription:
@@ -54,7 +58,10 @@ def _mixture(hf: HfConfig, layers: list[int] | None, normalised: bool) -> dict[s
     return {**mixture_fields(hf, **sizes, layers=layers, normalised=normalised), **shared}
 
 
-SEPARATE = TensorNames(delta_inputs="separate", dropped=MTP)
-QWEN3_NEXT = decoder_family("qwen3_next", ("Qwen3NextForCausalLM",), describe_next, TensorNames(delta_inputs="packed", dropped=MTP))
-QWEN3_5 = decoder_family("qwen3_5_text", ("Qwen3_5ForCausalLM",), describe_dense, SEPARATE)
-QWEN3_5_MOE = decoder_family("qwen3_5_moe_text", ("Qwen3_5MoeForCausalLM",), describe_moe, SEPARATE)
+NOT_YET = "context parallelism; several layers that predict further ahead (carried along, not built)"
+TOWER = f"{NOT_YET}; the vision tower"
+PACKED = TensorNames(delta_inputs="packed", dropped=MTP, further=FURTHER)
+SEPARATE = TensorNames(delta_inputs="separate", dropped=MTP, further=FURTHER)
+QWEN3_NEXT = decoder_family("qwen3_next", ("Qwen3NextForCausalLM",), describe_next, PACKED, limits=NOT_YET)
+QWEN3_5 = decoder_family("qwen3_5_text", ("Qwen3_5ForCausalLM",), describe_dense, SEPARATE, limits=TOWER)
+QWEN3_5_MOE = decoder_family("qwen3_5_moe_text", ("Qwen3_5MoeForCausalLM",), describe_moe, SEPARATE, limits=f"{TOWER}; mlp_only_layers")

@@ -27,29 +27,61 @@ LAYERS = 4
 FACTOR = 0.3
 
 
+QWEN = {
+    "enorm": "mtp.pre_fc_norm_embedding",
+    "hnorm": "mtp.pre_fc_norm_hidden",
+    "shared_head.norm": "mtp.norm",
+    "eh_proj": "mtp.fc",
+    "": "mtp.layers.0",
+}
+"""DeepSeek-V3's names below the layer behind the last, and those of Qwen3-Next and Qwen3.5, as vLLM's models of them have them."""
+
+
+def zero_centred(model: Any) -> bool:
+    return model.config.model_type.startswith("qwen3_")
+
+
+def named(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Under the names that the family's checkpoints have."""
+    if not zero_centred(model):
+        return tensors
+    prefix, found = f"model.layers.{LAYERS}.", {}
+    for name, tensor in tensors.items():
+        its = next((its for ours, its in QWEN.items() if name.startswith(f"{prefix}{ours}{'.' if ours else ''}")), "")
+        ours = next((ours for ours, other in QWEN.items() if other == its), "")
+        found[its + "." + name.removeprefix(f"{prefix}{ours}{'.' if ours else ''}") if its else name] = tensor
+    return found
+
+
 def write_checkpoint(folder: Path, case: str, further: int) -> tuple[Any, dict[str, Tensor]]:
     """A checkpoint whose last `further` layers predict ahead; the model whose blocks they are, and the tensors beside the blocks."""
     family, changes = options_of(case)
+    if family.startswith("qwen3_"):
+        kinds = changes.get("layer_types", [*["linear_attention"] * (LAYERS - 1), "full_attention"])
+        changes = {**changes, "layer_types": [*kinds, "full_attention"]}
     model = make_model(family, **changes, num_hidden_layers=LAYERS + further)
     model.config.num_hidden_layers = LAYERS
-    model.config.num_nextn_predict_layers = further
+    said = {"num_nextn_predict_layers": further}
+    if zero_centred(model):
+        model.config.layer_types = model.config.layer_types[:LAYERS]
+        said = {} if family == "qwen3_next" else {"mtp_num_hidden_layers": further}
     folder.mkdir(parents=True)
     model.config.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
     path = folder / "config.json"
-    path.write_text(json.dumps({**config, "architectures": [type(model).__name__], "num_nextn_predict_layers": further, "num_hidden_layers": LAYERS}))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "architectures": [type(model).__name__], **said, "num_hidden_layers": LAYERS}))
     generator, hidden = torch.Generator().manual_seed(5), model.config.hidden_size
     beside = {}
     for layer in range(LAYERS, LAYERS + further):
         for name in ("enorm", "hnorm", "shared_head.norm"):
-            beside[f"model.layers.{layer}.{name}.weight"] = torch.rand(hidden, generator=generator) + 0.5
+            beside[f"model.layers.{layer}.{name}.weight"] = torch.rand(hidden, generator=generator) + (-0.5 if zero_centred(model) else 0.5)
         beside[f"model.layers.{layer}.eh_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator) * 0.15
     tensors = written_tensors(model)
     copies = {}
-    for layer in range(LAYERS, LAYERS + further):
+    for layer in range(LAYERS, LAYERS + further) if said.keys() >= {"num_nextn_predict_layers"} else ():
         copies[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         copies[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file({**tensors, **beside, **copies}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(named({**tensors, **beside, **copies}, model), folder / "model.safetensors", metadata={"format": "pt"})
     make_tokenizer(folder)
     return model, beside
 
@@ -69,7 +101,7 @@ def reference_loss(model: Any, beside: dict[str, Tensor], batches: Sequence[Micr
         return -(log_probs * weights).sum() / weight
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return nn.functional.rms_norm(x, (x.shape[-1],), beside[name], eps)
+        return nn.functional.rms_norm(x, (x.shape[-1],), beside[name] + zero_centred(model), eps)
 
     for batch in batches:
         ids, labels, weights = batch.input_ids, batch.labels, batch.weights
@@ -77,7 +109,7 @@ def reference_loss(model: Any, beside: dict[str, Tensor], batches: Sequence[Micr
         table = core.rotary_emb(state, position_ids=batch.position_ids)
         mask = torch.full((ids.shape[1],) * 2, -torch.inf).triu(1)[None, None]
         for layer in core.layers[:LAYERS]:
-            state = layer(state, attention_mask=mask, position_embeddings=table)
+            state = layer(state, attention_mask=None if hasattr(layer, "linear_attn") else mask, position_embeddings=table)
         state = core.norm(state)
         main = main + score(state, labels, weights)
         for number in range(LAYERS, LAYERS + further):
@@ -100,6 +132,10 @@ LAYOUTS = [
     ("deepseek_v3/plain", 2, 2, {"cp": 2}),
     ("glm4_moe/one-group", 2, 4, {"pp": 2, **SP2}),
     ("deepseek_v3/plain", 1, 2, {"pp": 2, "vpp": 2}),
+    ("qwen3_next/not-normalised-some-dense", 1, 2, {"ep": 2}),
+    ("qwen3_5_text/plain", 1, 2, {"pp": 2}),
+    ("qwen3_5_text/one-group", 1, 2, {"pp": 2}),
+    ("qwen3_5_moe_text/plain", 1, 2, SP2),
 ]
 
 
@@ -113,7 +149,7 @@ def test_loss_and_gradients(case: str, further: int, world: int, sizes: dict[str
     main, whole = reference_loss(model, parts, batches, further)
     whole.backward()
     assert float(whole) > float(main) + 0.1
-    wanted = {name: tensor.grad for name, tensor in parts.items()} | written_gradients(model)
+    wanted = named({name: tensor.grad for name, tensor in parts.items() if tensor.grad is not None} | written_gradients(model), model)
     gradients = load_tensors(tmp_path / "gradients")
     assert set(gradients) == set(wanted)
     for name, gradient in wanted.items():
@@ -128,18 +164,25 @@ def test_loss_and_gradients(case: str, further: int, world: int, sizes: dict[str
 
 
 @pytest.mark.parametrize(("written", "read"), [(SP2, {"pp": 2}), ({"pp": 2}, SP2), ({"ep": 2}, {"cp": 2})], ids=["tp-pp", "pp-tp", "ep-cp"])
-@pytest.mark.parametrize("case", ["deepseek_v3/plain", "glm4_moe/one-group"])
+@pytest.mark.parametrize("case", ["deepseek_v3/plain", "glm4_moe/one-group", "qwen3_next/plain", "qwen3_5_text/one-group", "qwen3_5_moe_text/plain"])
 def test_no_tensor_is_lost_on_the_way_to_megatron_and_back(case: str, written: dict[str, Any], read: dict[str, Any], tmp_path: Path) -> None:
-    source = tmp_path / "model"
-    write_checkpoint(source, case, 2)
+    source, several = tmp_path / "model", not case.startswith("qwen")
+    if case.startswith("qwen") and "cp" in read:
+        read = {"tp": 2}  # delta nets are not spread over context-parallel ranks
+    if case.startswith("qwen3_5_text"):
+        written = {name: size for name, size in written.items() if name != "ep"}
+    write_checkpoint(source, case, 2 if several else 1)
     run_distributed(to_megatron, 2, [Trip(Run(source, further=True, **written), tmp_path / "m")], timeout=120)
     run_distributed(to_hf, 2, [Trip(Run(tmp_path / "m", further=True, **read), tmp_path / "back")], timeout=120)
     assert_same(source, tmp_path / "back")
     run_distributed(to_hf, 2, [Trip(Run(source, **read), tmp_path / "carried")], timeout=120)
     assert_same(source, tmp_path / "carried")
-    assert json.loads((tmp_path / "carried" / "config.json").read_text())["num_nextn_predict_layers"] == 2
+    counts = {name for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if name in json.loads((source / "config.json").read_text())}
+    config = json.loads((tmp_path / "carried" / "config.json").read_text())
+    assert all(config[name] == 1 + several for name in counts)
     run_distributed(to_hf, 2, [Trip(Run(tmp_path / "m", **read), tmp_path / "without")], timeout=120)
-    assert json.loads((tmp_path / "without" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    config = json.loads((tmp_path / "without" / "config.json").read_text())
+    assert all(config[name] == 0 for name in counts or {"num_nextn_predict_layers"})
     assert len(load_tensors(source)) > len(load_tensors(tmp_path / "without"))
 
 

@@ -27,6 +27,10 @@ class CausalLM(GPTModel):
         self.head_adapter: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         if self.pre_process and description.embedding_scale != 1.0:
             self.embedding.register_forward_hook(self._scale_embedding)
+        if self.post_process and not self.pre_process and description.built_further and description.tied:
+            self.output_layer.weight = (
+                None  # such a stage has the embedding, which is the head; megatron-core makes a second one that it does not use
+            )
         if self.post_process and description.head_bias:
             like: dict[str, Any] = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
             self.output_layer.bias = nn.Parameter(torch.empty(self.output_layer.output_size_per_partition, **like))

@@ -86,3 +86,4 @@ def test_the_table_of_models_is_that_of_the_registry() -> None:
         assert row[1] == ", ".join(f"`{name}`" for name in family.architectures)
         assert row[2] == ", ".join(CASES[family.name])
         assert float(row[3]) < 1e-4
+        assert row[6] == (family.limits or "-")

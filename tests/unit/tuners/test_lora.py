@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_adapters_of_experts_begin_alike_in_every_layout(sizes: dict[str, int], 
     assert len(experts) == 3 * 2
     for factors in experts:  # of all experts of a layer, one below the other
         parts = factors.chunk(6)
-        assert all(part.count_nonzero() == part.numel() and not torch.equal(part, other) for part, other in zip(parts, parts[1:]))
+        assert all(part.count_nonzero() == part.numel() and not torch.equal(part, other) for part, other in itertools.pairwise(parts))
 
 
 def test_the_first_values_are_those_of_peft(checkpoint: Path, fresh: dict[str, Tensor], tmp_path: Path) -> None:
