@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from mswift.conversion.coverage import drops_of
 from mswift.conversion.directories import is_megatron, megatron_weights, read_json
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 NOTE_FILE = "mswift.json"
 PREFIX = "mtp."
 """How megatron-core's names of these layers begin."""
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def count_in(directory: Path, family: ModelFamily, hf: HfConfig) -> int:
@@ -52,9 +55,13 @@ def names_of_copies(model: MegatronModel) -> list[str]:
     return sorted(name for name in model.reader.names if any(drop.matches(name) for drop in drops))
 
 
-def carried(model: MegatronModel) -> tuple[list[ExportParameter], list[Rule]]:
-    """What an export writes besides the parameters of this rank, and the rules of what all ranks write."""
-    copies = _copies(model, names_of_copies(model))
+def carried(model: MegatronModel, value: Callable[[str, Tensor], Tensor], *, own_head: bool) -> tuple[list[ExportParameter], list[Rule]]:
+    """What an export writes besides the parameters of this rank, and the rules of what all ranks write.
+
+    Args:
+        value: what is exported of a parameter, by name. own_head: a tied model gets a head of its own, the embedding without its adapter.
+    """
+    copies = _copies(model, [*names_of_copies(model), *(["lm_head.weight"] if own_head else [])], value)
     if model.reader is None:
         return copies
     told = [drop for drop in drops_of(model.rules) if drop.told]
@@ -62,22 +69,24 @@ def carried(model: MegatronModel) -> tuple[list[ExportParameter], list[Rule]]:
     return copies[0] + plain[0], copies[1] + plain[1]
 
 
-def _copies(model: MegatronModel, names: Iterable[str]) -> tuple[list[ExportParameter], list[Rule]]:
-    rows, padded = model.description.vocab_size, model.description.padding(model.groups.layout.tp).vocab
+def _copies(model: MegatronModel, names: Iterable[str], value: Callable[[str, Tensor], Tensor]) -> tuple[list[ExportParameter], list[Rule]]:
+    rows, padded, tied = model.description.vocab_size, model.description.padding(model.groups.layout.tp).vocab, model.description.tied
     own = {name: (parameter, shard) for chunk in model.chunks[-1:] for name, parameter, shard in base_parameters(chunk, model.groups)}
+
+    def bare(_name: str, parameter: Tensor) -> Tensor:
+        model.ensure(parameter)
+        return parameter.detach()
+
     parameters: list[ExportParameter] = []
     rules: list[Rule] = []
     for name in names:
         rules.append(PaddedRows(f"copy.{name}", name, rows, padded))
-        original = "embedding.word_embeddings.weight" if model.description.tied or name.endswith("embed_tokens.weight") else "output_layer.weight"
+        is_head = not name.endswith("embed_tokens.weight")
+        original = HEAD if is_head and HEAD in own else EMBEDDING  # in a tied model the last of several stages may have the one or the other
         if model.groups.is_last_stage:
             parameter, shard = own[original]
-
-            def value(parameter=parameter):  # type: ignore[no-untyped-def]
-                model.ensure(parameter)
-                return parameter.detach()
-
-            parameters.append(ExportParameter(f"copy.{name}", tuple(parameter.shape), parameter.dtype, shard, value))
+            of = functools.partial(bare if is_head and tied else value, original, parameter)
+            parameters.append(ExportParameter(f"copy.{name}", tuple(parameter.shape), parameter.dtype, shard, of))
     return parameters, rules
 
 

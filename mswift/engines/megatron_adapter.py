@@ -27,7 +27,7 @@ from mswift.conversion.load import gather_names
 from mswift.conversion.peft_io import PeftAdapter, WrittenAdapter, read_peft, write_peft
 from mswift.conversion.rules import Parts, Rule, Shape
 from mswift.conversion.shards import Shard, take
-from mswift.errors import ConfigError, ModelError, MswiftError
+from mswift.errors import ModelError, MswiftError
 from mswift.families.model import base_parameters, shard_of
 from mswift.log import get_logger, is_main_process
 from mswift.tuners.lora import Adapter, LoraSettings
@@ -276,11 +276,6 @@ def _shortest(names: Collection[str], every: Collection[str], parts: int) -> lis
     return sorted({name if end(name) in left_out else end(name) for name in names})
 
 
-def check_tied(model: MegatronModel) -> None:
-    """Refuse to merge an adapter into an embedding that is the head as well, which has none.
-
-    Raises:
-        ConfigError: it is so.
-    """
-    if model.description.tied and EMBEDDING in {kind_of(module.module_name) for _, module in model.adapters()}:
-        raise ConfigError("the adapter on embed_tokens cannot be merged: the head of this model is the embedding, and has no adapter; keep it apart")
+def needs_own_head(model: MegatronModel) -> bool:
+    """Whether a merged model needs a head of its own: only its embedding, which is the head too, has an adapter. Collective."""
+    return model.description.tied and EMBEDDING in gather_names(kind_of(module.module_name) for _, module in model.adapters())

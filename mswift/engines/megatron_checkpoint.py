@@ -28,7 +28,7 @@ from mswift.conversion.export import plain_config
 from mswift.conversion.load import LocalParameter, Progress, gather_names
 from mswift.conversion.staging import TextFile, begin_draft, check_space, check_target, draft_of, parse_size, publish, put_files, stamp_of
 from mswift.engines.further import NOTE_FILE, PREFIX, names_of_copies
-from mswift.engines.megatron_keys import EXTRA_STATE, FOREIGN, add_extra_states, fit_to_stored
+from mswift.engines.megatron_keys import EXTRA_STATE, FOREIGN, add_extra_states, fit_to_stored, is_single
 from mswift.errors import CheckpointError
 from mswift.families.common import FURTHER_LAYERS
 from mswift.families.modules import CausalLM
@@ -143,7 +143,8 @@ def read_checkpoint(model: MegatronModel, parameters: list[LocalParameter]) -> N
 def _fill(model: MegatronModel, directory: Path, padded: set[int]) -> None:
     """Read base or adapter in place. `padded`: storages that may be longer or shorter in the file, by zeros."""
     folder = megatron_weights(directory)
-    stored, state = {key: shape for key, shape in stored_shapes(folder).items() if not key.startswith(FOREIGN)}, _sharded(model)
+    stored = {key: shape for key, shape in stored_shapes(folder).items() if not key.startswith(FOREIGN)}
+    state = _sharded(model, singly=is_single(stored))
     for chunk in state.values():
         for name in [name for name in chunk if name.endswith(EXTRA_STATE)]:
             del chunk[name]  # written for readers that ask for it; empty without Transformer Engine
@@ -221,11 +222,15 @@ def layers_alone(model: MegatronModel) -> dict[str, bool]:
     return {"non_homogeneous_layers": True} if model.lora is not None and model.lora.modules is not None else {}
 
 
-def _sharded(model: MegatronModel) -> dict[str, Any]:
-    """megatron's description of the base weights, or of the adapter if there is one, by chunk, as Megatron-LM keys them."""
+def _sharded(model: MegatronModel, *, singly: bool = False) -> dict[str, Any]:
+    """megatron's description of the base weights, or of the adapter if there is one, by chunk, as Megatron-LM keys them.
+
+    Args:
+        singly: each expert, and gate and up, under keys of their own, as megatron writes them where it is told so.
+    """
 
     def described(chunk: CausalLM) -> dict[str, Any]:
-        metadata = ensure_metadata_has_dp_cp_group({**_LAYOUT_FREE, **layers_alone(model)})
+        metadata = ensure_metadata_has_dp_cp_group({**_LAYOUT_FREE, **layers_alone(model), "singleton_local_shards": singly})
         found = chunk.sharded_state_dict(metadata=metadata).items()
         return {name: entry for name, entry in found if (model.lora is not None) == name.endswith(_FACTORS)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,11 @@ FOREIGN = ("optimizer.", "chained_", "rng_state", "opt_param_scheduler", "rerun_
 """How the keys begin that a training checkpoint has beside the weights."""
 EXTRA_STATE = "_extra_state"
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+
+
+def is_single(stored: Iterable[str]) -> bool:
+    """Whether a checkpoint has a key for each expert, and for gate and up each (megatron's ``singleton_local_shards``)."""
+    return any(re.search(r"\.experts\.experts\.\d+\.|linear_fc1\.(weight|bias)_[wv]$", key) for key in stored)
 
 
 def fit_to_stored(shard: ShardedTensor, stored: Collection[str], num_layers: int) -> None:

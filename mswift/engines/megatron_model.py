@@ -288,7 +288,7 @@ class MegatronModel:
             keep: what is finished survives a failure or a kill. resume: go on with what an earlier call has kept.
         """
         merged = dict(self.adapters())
-        megatron_adapter.check_tied(self)
+        own_head = megatron_adapter.needs_own_head(self)
         for module in merged.values():
             if module.lora_magnitude is not None:
                 self.ensure(module.base_weight)
@@ -303,7 +303,7 @@ class MegatronModel:
             for chunk in self.chunks
             for name, parameter, shard in base_parameters(chunk, self.groups)
         ]
-        carried, carried_rules = further.carried(self)
+        carried, carried_rules = further.carried(self, value, own_head=own_head)
         source = None
         if keep:
             source = {"model": stamp_of(self.settings.directory), "adapter": self._adapter_digest()}
@@ -311,7 +311,7 @@ class MegatronModel:
             parameters + carried,
             [*self.rules, *carried_rules],
             directory,
-            config=self._exported_config(),
+            config={**self._exported_config(), **({"tie_word_embeddings": False} if own_head else {})},
             groups=self._export_groups(),
             extra_files=self.tokenizer_files(),
             max_shard_size=max_shard_size,

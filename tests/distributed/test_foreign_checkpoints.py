@@ -66,8 +66,24 @@ def as_local_spec(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
+def singly(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each expert, and gate and up, by themselves: what megatron-core writes with ``singleton_local_shards``."""
+    found = {}
+    for key, tensor in one_by_one(tensors).items():
+        experts = re.fullmatch(r"(decoder\.layers\.\d+\.mlp\.experts\.experts\.)(.+)", key)
+        parts = {f"{experts[1]}{number}.{experts[2]}": part for number, part in enumerate(tensor)} if experts else {key: tensor}
+        for name, part in parts.items():
+            halves = zip("wv", part.chunk(2)) if re.search(r"linear_fc1\.(weight|bias)$", name) else [("", part)]
+            found |= {f"{name}_{letter}".rstrip("_"): half.clone() for letter, half in halves}
+    return found
+
+
 FORMS = [
     ("llama/plain", one_by_one),
+    ("llama/plain", singly),
+    ("qwen3_moe/plain", singly),
+    ("deepseek_v3/plain", singly),
+    ("gpt_oss/plain", singly),
     ("qwen3_moe/plain", together),
     ("qwen3_moe/plain", as_local_spec),
     ("deepseek_v3/plain", as_local_spec),

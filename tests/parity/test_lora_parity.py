@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mswift.tuners.targets import ADAPTABLE as EVERYTHING
 from tests.distributed.harness import run_distributed
-from tests.distributed.runs import Run
+from tests.distributed.runs import Run, open_model
 from tests.parity.cases import options_of
 from tests.parity.ranks import Trained, adapter_logits, first_step, train_lora
 from tests.parity.reference import distance, labelled_rows, load_peft, load_tensors, logits_with
@@ -248,3 +248,23 @@ def norm_of_fused(gradients: dict[str, Tensor]) -> float:
     """Norm over the fused adapters: an A that several modules share counts once."""
     once = {fused_name(name) if "lora_A" in name else name: gradient for name, gradient in gradients.items()}
     return float(torch.stack([gradient.norm() for gradient in once.values()]).norm())
+
+
+def merge_and_write(rank: int, world: int, run: Run, target: Path) -> None:
+    """For `run_distributed`."""
+    open_model(run, world).export_merged(target, max_shard_size="60KB")
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+def test_a_tied_embedding_with_an_adapter_is_merged_beside_a_head_of_its_own(sizes: dict[str, int], ids: Tensor, tmp_path: Path) -> None:
+    """As peft has it: the head is the embedding without the adapter."""
+    base = make_checkpoint(tmp_path / "model", "qwen3", tie_word_embeddings=True)
+    adapter = make_peft_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens", "o_proj"])
+    run_distributed(merge_and_write, 2, Run(base, adapter=adapter, **sizes), tmp_path / "merged")
+    expected = logits_with(base, adapter, ids)
+    assert distance(expected, logits_with(base, None, ids)) > 0.1
+    assert distance(logits_with(tmp_path / "merged", None, ids), expected) < 1e-4
+    tensors = load_tensors(tmp_path / "merged")
+    assert torch.equal(tensors["lm_head.weight"], load_tensors(base)["model.embed_tokens.weight"])
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
