@@ -7,7 +7,7 @@ leave out: `limit`. Memory is the largest resident set of each process, summed, 
 ``name, ours, peer, peer_name, ratio, limit, limit_ratio, ours_mib, peer_mib, memory_ratio`` (tokens/s; ratios: ours / the other, medians of
 the rounds; of memory: ours / peer).
 
-Usage: python benchmarks/sft.py --model DIR [--only bfloat16/40%/1x2 ...] [--rounds 7] [--ms-swift PYTHON]
+Usage: python benchmarks/sft.py --model DIR [--only bfloat16/40%/1x2 ...] [--rounds 7] [--ms_swift PYTHON]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,17 +28,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from sides import SIDES, Case
+from sides import SIDES, Case, peak_mib
 
 from mswift.launch import plan
 
+MS_SWIFT = "ms-swift"
 PLACES = {"1x2": (1, 2), "2x1": (2, 1)}
 """Name -> processes, threads of each."""
-
-
-def peak_mib() -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf8")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def serve(pipe: Connection, name: str, case: Case, env: dict[str, str]) -> None:
@@ -50,12 +47,42 @@ def serve(pipe: Connection, name: str, case: Case, env: dict[str, str]) -> None:
     pipe.send(peak_mib())
 
 
-class Side:
-    """The processes of one side."""
+class Program:
+    """sft_ms_swift.py in another interpreter, spoken to as through a pipe."""
 
-    def __init__(self, name: str, case: Case, place: str) -> None:
+    def __init__(self, python: Path, case: Case, env: dict[str, str]) -> None:
+        command = [python, Path(__file__).with_name("sft_ms_swift.py"), case.model, case.dtype, case.batch, case.length, case.labelled]
+        outer = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [str(part) for part in command], env={**outer, **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def send(self, number: int | None) -> None:
+        assert self.process.stdin is not None
+        if number is None:
+            self.process.stdin.close()
+        else:
+            print(number, file=self.process.stdin, flush=True)
+
+    def recv(self) -> Any:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                word = line.split()[1]
+                return word if word == "ready" else float(word)
+        raise SystemExit("error: ms-swift's side ended; what it said is above")
+
+
+class Side:
+    """The processes of one side.
+
+    Args:
+        python: the interpreter of ms-swift, where that is the side.
+    """
+
+    def __init__(self, name: str, case: Case, place: str, python: Path | None = None) -> None:
         processes, threads = PLACES[place]
-        self.pipes: list[Connection] = []
+        self.pipes: list[Connection | Program] = []
         self.processes: list[BaseProcess] = []
         self.losses: list[float] = []
         context = multiprocessing.get_context("spawn")
@@ -70,6 +97,10 @@ class Side:
         for rank in range(processes):
             here, there = context.Pipe()
             env = {**common, "RANK": str(rank)} if processes > 1 else {}
+            if name == MS_SWIFT:
+                assert python is not None
+                self.pipes.append(Program(python, case, env))
+                continue
             process = context.Process(target=serve, args=(there, name, case, env), daemon=True)
             process.start()
             self.pipes.append(here)
@@ -98,9 +129,9 @@ class Side:
         return memory
 
 
-def compare(name: str, case: Case, place: str, rounds: int) -> dict[str, Any]:
-    """All sides in turn; the first step of each is a warm-up and not counted."""
-    sides = {label: Side(label, case, place) for label in SIDES}
+def compare(name: str, case: Case, place: str, rounds: int, python: Path | None) -> list[dict[str, Any]]:
+    """All sides in turn; the first step of each is a warm-up and not counted. One row for each peer."""
+    sides = {label: Side(label, case, place, python) for label in (*SIDES, *([MS_SWIFT] if python else []))}
     times: dict[str, list[float]] = {label: [] for label in sides}
     for number in range(rounds + 1):
         for label, side in sides.items():
@@ -117,10 +148,21 @@ def compare(name: str, case: Case, place: str, rounds: int) -> dict[str, Any]:
     def ratio(label: str) -> float:
         return round(statistics.median(other / own for own, other in zip(times["mswift"], times[label], strict=True)), 3)
 
-    other, bare = "transformers+peft", "bare products"
-    row: dict[str, Any] = {"name": name, "ours": speed("mswift"), "peer": speed(other), "peer_name": other, "ratio": ratio(other)}
-    row |= {"limit": speed(bare), "limit_ratio": ratio(bare), "ours_mib": round(memory["mswift"]), "peer_mib": round(memory[other])}
-    return {**row, "memory_ratio": round(memory["mswift"] / memory[other], 3)}
+    common = {"ours_mib": round(memory["mswift"]), "limit": speed("bare products"), "limit_ratio": ratio("bare products")}
+    return [
+        {
+            "name": name,
+            "ours": speed("mswift"),
+            "peer": speed(label),
+            "peer_name": label,
+            "ratio": ratio(label),
+            **common,
+            "peer_mib": round(memory[label]),
+            "memory_ratio": round(memory["mswift"] / memory[label], 3),
+        }
+        for label in sides
+        if label not in ("mswift", "bare products")
+    ]
 
 
 def cases(base: Case) -> Iterator[tuple[str, Case, str]]:
@@ -137,14 +179,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="counted steps of each side (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="rows (default: %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens a row (default: %(default)s)")
+    parser.add_argument("--ms_swift", type=Path, help="a Python interpreter that has ms-swift, to be compared too")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="of our side, where it has two processes (default: %(default)s)")
     options = parser.parse_args()
     base = Case(options.model, "bfloat16", options.batch, options.length, tensor_parallel=options.tensor_parallel)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, case, place in cases(base):
         if name.startswith(tuple(options.only)):
-            rows.append(compare(name, case, place, options.rounds))
-            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            found = compare(name, case, place, options.rounds, options.ms_swift)
+            rows += found
+            for row in found:
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     print(json.dumps(rows))
 
 

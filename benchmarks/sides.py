@@ -34,6 +34,12 @@ class Case:
         return self.batch * self.length
 
 
+def peak_mib() -> float:
+    """Largest resident set of this process so far."""
+    status = Path("/proc/self/status").read_text(encoding="utf8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
 def place() -> tuple[int, int]:
     """(number of this process, how many there are)."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,22 +85,29 @@ def ours(case: Case) -> Step:
 
 
 def peer(case: Case) -> Step:
-    """transformers (SDPA) and peft, gradient clipping included; several processes under torch's DistributedDataParallel."""
+    """transformers (SDPA) and peft."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
-    from torch.nn.parallel import DistributedDataParallel
 
     transformers.utils.logging.set_verbosity_error()
-    part, parts = place()
     base = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=getattr(torch, case.dtype), attn_implementation="sdpa")
-    tuned: Any = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return hugging_face_step(case, get_peft_model(base, config), base.config.vocab_size)
+
+
+def hugging_face_step(case: Case, tuned: Any, vocab: int) -> Step:
+    """Loss, backward pass, clipping and AdamW; several processes under torch's DistributedDataParallel."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    part, parts = place()
     trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     if parts > 1:
         torch.distributed.init_process_group("gloo")
         tuned = DistributedDataParallel(tuned)
-    ids, chosen = make_batch(base.config.vocab_size, case, part, parts)
+    ids, chosen = make_batch(vocab, case, part, parts)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(~chosen, -100)
     tuned.train()
 
