@@ -13,7 +13,7 @@ import time
 
 def main() -> None:
     model, rows, system, capacity, num_proc = sys.argv[1:]
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
     from swift.dataset import EncodePreprocessor
     from swift.dataset.packing import PackingDataset, calculate_matched_group
     from swift.model import get_processor
@@ -27,7 +27,8 @@ def main() -> None:
     for _ in sys.stdin:
         begun = time.perf_counter()
         made = EncodePreprocessor(template=template)(data, num_proc=int(num_proc), load_from_cache_file=False)
-        lengths, packs, left = list(enumerate(made["length"])), 0, []
+        lengths, packs = list(enumerate(made["length"])), 0
+        left: list[tuple[int, int]] = []
         for start in range(0, len(lengths), PackingDataset.PACKING_BATCH_SIZE):
             end = start + PackingDataset.PACKING_BATCH_SIZE
             full, left = calculate_matched_group(left + lengths[start:end], int(capacity), is_finished=end >= len(lengths))
