@@ -49,6 +49,10 @@ TORCH_LIBRARY(mswift, m) {
       "grouped_product(Tensor x, Tensor[] weights, Tensor counts, Tensor[] biases, Tensor? low, Tensor[] up, bool columns, float alpha, Tensor? seeds, "
       "int threshold, int first_column, int full_width) -> Tensor");
   m.def("grouped_outer(Tensor a, Tensor b, Tensor counts, Tensor? seeds, int threshold, int first_column, int full_width) -> Tensor");
+  // rows to the order of their experts and back; what has a negative index comes from, or goes, nowhere. Kernels for CUDA only
+  m.def("gather_rows(Tensor x, Tensor index) -> Tensor");
+  m.def("combine_rows(Tensor x, Tensor index, Tensor? weights) -> Tensor");
+  m.def("combine_rows_backward(Tensor grad, Tensor x, Tensor index, Tensor? weights) -> (Tensor grad_x, Tensor grad_weights)");
   // between the products
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor rstd)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor sum, Tensor rstd)");

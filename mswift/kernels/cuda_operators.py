@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mswift.kernels import cuda_head, cuda_lora, cuda_rows, extension
+from mswift.kernels import cuda_grouped, cuda_head, cuda_lora, cuda_rows, extension
 from mswift.kernels.cuda import Library, library, missing
 
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -19,6 +19,11 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "lora_linear_grad_input": cuda_lora.grad_input,
     "lora_linear_grad_factors": cuda_lora.grad_factors,
     "lora_dropout": cuda_lora.drop,
+    "grouped_product": cuda_grouped.product,
+    "grouped_outer": cuda_grouped.outer,
+    "gather_rows": cuda_rows.gather,
+    "combine_rows": cuda_rows.combine,
+    "combine_rows_backward": cuda_rows.combine_backward,
     "rms_norm": cuda_rows.norm,
     "rms_norm_backward": cuda_rows.norm_backward,
     "gated_activation": cuda_rows.gated_activation,

@@ -155,3 +155,16 @@ def rotate(library: Library, x: Tensor, table: Tensor, interleaved: bool, back: 
         cosine, sine = table.contiguous()
         rope(library, flat, out.view(flat.shape), (cosine, sine), None, repeat=batch, interleaved=interleaved, sign=-1 if back else 1)
     return out
+
+
+def gather(library: Library, x: Tensor, index: Tensor) -> Tensor:
+    return gather_rows(library, x.contiguous(), index.contiguous())
+
+
+def combine(library: Library, x: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
+    return combine_rows(library, x.contiguous(), index.contiguous(), None if weights is None else weights.float().contiguous())
+
+
+def combine_backward(library: Library, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    factors = None if weights is None else weights.float().contiguous()
+    return combine_rows_backward(library, grad.contiguous(), x.contiguous(), index.contiguous(), factors)

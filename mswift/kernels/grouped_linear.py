@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, extension
+from mswift.kernels import choice, cuda_operators, extension
 from mswift.kernels.dropout import factor_of, kept, threshold_of
 from mswift.runtime.precision import widen
 
@@ -22,8 +22,10 @@ FEW = 96
 
 
 def _fits(x: Tensor, *weights: Tensor) -> str | None:
+    if x.device.type == "cuda":
+        return cuda_operators.hindrance(x, *weights, dtypes=(torch.bfloat16,))
     if x.device.type != "cpu":
-        return "written for the CPU"
+        return f"no kernel for {x.device.type}"
     if x.dtype != torch.bfloat16 or any(weight.dtype != x.dtype for weight in weights):
         return "takes bfloat16"
     if len(x) > FEW * len(weights):
@@ -31,7 +33,7 @@ def _fits(x: Tensor, *weights: Tensor) -> str | None:
     return None if extension.isa_at_least("avx512_bf16") else "needs avx512_bf16"
 
 
-choice.register(NAME, "linear layers of all experts in one call, adapters in the same sums", _fits)
+choice.register(NAME, "linear layers of all experts in one call, adapters in the same sums", _fits, on_cuda=True)
 
 
 class _Mask(NamedTuple):

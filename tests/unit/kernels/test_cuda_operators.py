@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from mswift.kernels import choice, cuda, cuda_operators, extension
 from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, gated_activation, rms_norm, rotate
+from mswift.kernels.grouped_linear import grouped_linear, lora_grouped_linear
 from mswift.kernels.linear_log_probs import linear_log_probs
+from mswift.kernels.permute import permute, unpermute
 from tests.unit.kernels.emulated import Emulated, on_cpu, relative
 
 pytestmark = pytest.mark.skipif(not extension.isa_at_least("avx2"), reason="the operators are not built, or their faces would not take them here")
@@ -142,6 +145,47 @@ def test_a_linear_layer_with_adapters(emulated: Emulated, dora: bool, adapters: 
     assert grads[2].shape == (outside if dora else 0,)
     assert torch.equal(again, grad_low)
     assert nothing.shape == (0, inside)
+
+
+@pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="the face would not take bfloat16 here")
+@pytest.mark.parametrize("apart", [False, True])
+def test_experts_with_adapters(emulated: Emulated, apart: bool) -> None:
+    """All experts of a layer in one call, one of them without rows; weights side by side in one tensor, or by themselves."""
+    counts, into, out, rank = torch.tensor([3, 0, 9]), 24, 40, 6
+    weights, biases, lora_a, lora_b = (
+        draw(3, *shape, seed=i, dtype=BF16) for i, shape in enumerate(((out, into), (out,), (rank, into), (out, rank)))
+    )
+    frozen = list(weights) if not apart else [weight.clone() for weight in weights]
+    seeds, common = torch.tensor([5, 6, 2**40]), {"scale": 0.7, "dropout_p": 0.25, "first_column": 4, "full_width": into + 2}
+
+    def value(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_grouped_linear(x, frozen, counts, bias, lora_a=a, lora_b=b, seeds=seeds, **common)
+
+    both(value, [draw(12, into, seed=8, dtype=BF16), biases, lora_a, lora_b], emulated, 6, 8e-3)
+    both(lambda x, w: grouped_linear(x, w, counts), [draw(12, into, seed=8, dtype=BF16), weights], emulated, 3, 8e-3)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_tokens_to_their_experts_and_back(emulated: Emulated, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice._operators, "permute", dataclasses.replace(choice._operators["permute"], fits=lambda *_: None))
+    x, y, weights = draw(5, 20, dtype=dtype), draw(11, 20, dtype=dtype), draw(5, 2, seed=3).abs()
+    places = torch.tensor([[3, 1], [9, -1], [0, 4], [10, 2], [-1, -1]])
+    both(lambda x: permute(x, places, 11), [x], emulated, 2, LIMITS[dtype])
+    both(lambda y: unpermute(y, places), [y], emulated, 2, LIMITS[dtype])
+    both(lambda y, w: unpermute(y, places, w), [y, weights], emulated, 2, LIMITS[dtype])
+    moved = permute(x, places, 11)
+    assert torch.equal(moved[places[places >= 0]], x.repeat_interleave(2, 0)[(places >= 0).reshape(-1)])
+    assert not moved[[5, 6, 7, 8]].any()
+    wanted = (x.double() * torch.tensor([2, 1, 2, 2, 0])[:, None]).to(dtype)
+    assert torch.equal(unpermute(moved, places), wanted)
+    for call, message in (
+        (lambda: permute(x, places[:4], 11), "places: got 4 tokens, wanted 5"),
+        (lambda: permute(x[0], places, 11), "x: got"),
+        (lambda: unpermute(y, places.int()), "places: got"),
+        (lambda: unpermute(y, places, weights[:2]), "weights: got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_what_kernels_do_not_take_is_refused_by_name(emulated: Emulated) -> None:

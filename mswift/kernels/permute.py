@@ -1,0 +1,116 @@
+"""Rows of tokens to the order of their experts and back, differentiable; each direction is the other's gradient, in a fixed order of sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mswift.kernels import choice, cuda_operators, extension
+
+NAME = "permute"
+
+
+def _fits(x: Tensor, *_: Tensor) -> str | None:
+    return cuda_operators.hindrance(x) if x.device.type == "cuda" else "plain torch is as fast on a CPU"
+
+
+choice.register(NAME, "tokens to the order of their experts and back", _fits, on_cuda=True)
+
+
+def _gather(x: Tensor, source: Tensor) -> Tensor:
+    if choice.compiled(NAME, x):
+        return torch.ops.mswift.gather_rows(x, source)
+    return x[source.clamp(min=0)].masked_fill_((source < 0)[:, None], 0.0)
+
+
+def _combine(x: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+    if choice.compiled(NAME, x):
+        return torch.ops.mswift.combine_rows(x, places, weights)
+    factors = (places >= 0).float() if weights is None else weights * (places >= 0)
+    total = torch.zeros(len(places), x.shape[1], device=x.device)
+    for column, factor in zip(places.clamp(min=0).unbind(1), factors.unbind(1), strict=True):
+        total.addcmul_(x[column].float(), factor[:, None])
+    return total.to(x.dtype)
+
+
+def _combine_gradients(grad: Tensor, x: Tensor, places: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    if choice.compiled(NAME, x):
+        return torch.ops.mswift.combine_rows_backward(grad, x, places, weights)
+    there = places >= 0
+    grad_x, grad_weights = torch.zeros_like(x), torch.zeros(places.shape, device=x.device)
+    for number, column in enumerate(places.unbind(1)):
+        rows, token = column[there[:, number]], grad[there[:, number]]
+        factor = 1.0 if weights is None else weights[there[:, number], number][:, None]
+        grad_x[rows] = (factor * token.float()).to(x.dtype)
+        grad_weights[there[:, number], number] = (token.float() * x[rows].float()).sum(1)
+    return grad_x, grad_weights
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(places)
+        tokens = torch.arange(len(places), device=x.device)[:, None].expand_as(places)
+        source = torch.full((rows + 1,), -1, device=x.device)  # the last one takes what has no place
+        return _gather(x, source.scatter_(0, places.masked_fill(places < 0, rows).reshape(-1), tokens.reshape(-1))[:rows])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _combine(grads[0].contiguous(), ctx.saved_tensors[0], None), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, places, weights)
+        return _combine(x, places, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, places, weights = ctx.saved_tensors
+        grad_x, grad_weights = _combine_gradients(grads[0].contiguous(), x, places, weights)
+        return grad_x, None, grad_weights if ctx.needs_input_grad[2] else None
+
+
+def _check(x: Tensor, places: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x: got {list(x.shape)}, wanted [rows, columns]")
+    if places.dim() != 2 or places.dtype != torch.int64:
+        raise ValueError(f"places: got {list(places.shape)} {places.dtype}, wanted int64 [tokens, experts of a token]")
+
+
+def permute(x: Tensor, places: Tensor, rows: int) -> Tensor:
+    """``out[places[t, k]] = x[t]``, zeros where no token goes.
+
+    Args:
+        x: ``[tokens, columns]``. places: int64 ``[tokens, k]``, all different, or negative: the token was dropped there. rows: of the result.
+    """
+    _check(x, places)
+    if len(places) != len(x):
+        raise ValueError(f"places: got {len(places)} tokens, wanted {len(x)}")
+    return _Permute.apply(x, places, rows)
+
+
+def unpermute(x: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``out[t] = sum_k weights[t, k] x[places[t, k]]``, summed in fp32 and rounded once.
+
+    Args:
+        x: ``[rows, columns]``. places: as `permute` takes them. weights: fp32 ``[tokens, k]``, None for ones.
+    """
+    _check(x, places)
+    if weights is not None and (weights.shape != places.shape or weights.dtype != torch.float32):
+        raise ValueError(f"weights: got {list(weights.shape)} {weights.dtype}, wanted float32 {list(places.shape)}")
+    return _Unpermute.apply(x, places, weights)
+
+
+@extension.when_loaded
+def _describe() -> None:
+    fake = torch.library.register_fake
+    fake("mswift::gather_rows", lambda x, index: x.new_empty(index.shape[0], x.shape[1]))
+    fake("mswift::combine_rows", lambda x, index, weights: x.new_empty(index.shape[0], x.shape[1]))
+    fake(
+        "mswift::combine_rows_backward",
+        lambda grad, x, index, weights: (x.new_empty(x.shape), x.new_empty(index.shape, dtype=torch.float32)),
+    )
