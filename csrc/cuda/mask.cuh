@@ -8,7 +8,7 @@ struct Dropout {
   uint64_t seed;
   int64_t first_row;
   uint32_t first_column, full_width, threshold;  // columns at or beyond the full width are zeros; threshold 0: no dropout
-  float factor;                                  // 256 / (256 - threshold)
+  float factor;                                  // of what is kept
 };
 // the factor of one element, whose row and column count from the matrix that is here
 __device__ __forceinline__ float dropout_factor(const Dropout& d, int64_t row, int64_t column) {
@@ -17,5 +17,6 @@ __device__ __forceinline__ float dropout_factor(const Dropout& d, int64_t row, i
 }
 
 inline Dropout dropout(const mswift_dropout& d) {
-  return Dropout{d.seed, d.first_row, d.first_column, d.full_width, d.threshold, 256.0f / (256.0f - static_cast<float>(d.threshold))};
+  const float factor = d.unscaled ? 1.0f : 256.0f / (256.0f - static_cast<float>(d.threshold));
+  return Dropout{d.seed, d.first_row, d.first_column, d.full_width, d.threshold, factor};
 }

@@ -43,11 +43,11 @@ int mswift_combine_rows(int dtype, const void* x, const int64_t* index, const fl
 int mswift_combine_rows_backward(int dtype, const void* dy, const void* x, const int64_t* index, const float* weights, void* dx, float* dweights, int64_t tokens,
                                  int k, int64_t cols, void* stream);
 
-/* out = x where the mask of csrc/common/dropout.h keeps it, times 256 / (256 - threshold); 0 elsewhere. x and out: dense [rows, cols]. */
+/* out = x where the mask of csrc/common/dropout.h keeps it, times 256 / (256 - threshold) unless `unscaled`; 0 elsewhere. x, out: dense [rows, cols]. */
 typedef struct {
   uint64_t seed;
   int64_t first_row;
-  uint32_t first_column, full_width, threshold;
+  uint32_t first_column, full_width, threshold, unscaled;
 } mswift_dropout;
 int mswift_drop(int dtype, const void* x, void* out, int64_t rows, int64_t cols, const mswift_dropout* mask, void* stream);
 

@@ -23,6 +23,7 @@ class Dropout(ctypes.Structure):
         ("first_column", c_uint32),
         ("full_width", c_uint32),
         ("threshold", c_uint32),
+        ("unscaled", c_uint32),
     )
 
 

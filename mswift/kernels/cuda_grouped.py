@@ -35,7 +35,7 @@ def _offsets(counts: Tensor, rows: int) -> Tensor:
 def _mask(seeds: Tensor | None, threshold: int, first_column: int, full_width: int) -> cuda_linear.Mask | None:
     if seeds is None or threshold == 0:
         return None
-    return cuda_linear.Mask(threshold, 0, 0, first_column, full_width, seeds.contiguous())
+    return cuda_linear.Mask(threshold, 0, 0, first_column, full_width, seeds.contiguous(), scaled=False)
 
 
 def _check(name: str, x: Tensor, *tensors: Tensor) -> None:
@@ -78,9 +78,7 @@ def product(
     return out
 
 
-def outer(
-    library: Library, a: Tensor, b: Tensor, counts: Tensor, seeds: Tensor | None, threshold: int, first_column: int, full_width: int
-) -> Tensor:
+def outer(library: Library, a: Tensor, b: Tensor, counts: Tensor, seeds: Tensor | None, threshold: int, first_column: int, full_width: int) -> Tensor:
     _check("grouped_outer", a, b)
     a, b = a.contiguous(), b.contiguous()
     return cuda_linear.outer(library, a, b, a.dtype, mask=_mask(seeds, threshold, first_column, full_width), offsets=_offsets(counts, len(a)))

@@ -19,7 +19,7 @@ from mswift.kernels.cuda import Library, dtype_of, pointer
 class Mask(NamedTuple):
     """A dropout mask of csrc/common/dropout.h: element (i, j) here is (first_row + i, first_column + j) of the whole activation.
 
-    threshold: the rate in 256ths. seeds: int64 ``[groups]``, one for each group in the place of `seed`; rows then count from the group's first.
+    threshold: the rate in 256ths. scaled: what is kept is multiplied by 256 / (256 - threshold). seeds: int64 ``[groups]``, one for each group in the place of `seed`; rows then count from the group's first.
     """
 
     threshold: int
@@ -28,6 +28,7 @@ class Mask(NamedTuple):
     first_column: int
     full_width: int
     seeds: Tensor | None = None
+    scaled: bool = True
 
     @staticmethod
     def of(dropout: Sequence[int]) -> Mask | None:
@@ -38,7 +39,7 @@ class Mask(NamedTuple):
         return Mask(threshold, seed, first_row, first_column, full_width) if threshold else None
 
     def argument(self) -> abi.Dropout:
-        return abi.Dropout(self.seed, self.first_row, self.first_column, self.full_width, self.threshold)
+        return abi.Dropout(self.seed, self.first_row, self.first_column, self.full_width, self.threshold, int(not self.scaled))
 
 
 class Quantised(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mswift.kernels import cuda_abi as abi
 from mswift.kernels import cuda_linear
 from mswift.kernels.cuda import Library, dtype_of
 from mswift.kernels.cuda_rows import column_sum
@@ -97,3 +98,31 @@ def drop(library: Library, x: Tensor, dropout: Sequence[int]) -> Tensor:
     out = torch.empty_like(x)
     library.call("mswift_drop", x, dtype_of(x), x, out, x.shape[0], x.shape[1], mask.argument())
     return out
+
+
+def quantised_product(
+    library: Library,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rows: int,
+    columns: int,
+    block: int,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    by_columns: bool,
+    dropout: Sequence[int],
+) -> Tensor:
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or x.shape[1] != (rows if by_columns else columns):
+        raise RuntimeError(f"x: got {list(x.shape)} {x.dtype}, wanted bfloat16 [tokens, {rows if by_columns else columns}]")
+    if columns % 8 or block % 8 or codes.numel() != rows * columns // (2 if block else 1):
+        raise RuntimeError(f"codes: got {codes.numel()} for {rows} x {columns} in blocks of {block}, wanted all of them and multiples of 8")
+    how = cuda_linear.Quantised(abi.NF4 if block else abi.INT8, (rows, columns), scales.float().contiguous(), block)
+    x, codes = x.contiguous(), codes.contiguous()
+    low, up = (None if part is None else part.contiguous() for part in (low, up))
+    if not by_columns:
+        plain = None if bias is None else bias.to(x.dtype).contiguous()
+        return cuda_linear.lora_forward(library, x, codes, plain, low, up, quantised=how)
+    mask = cuda_linear.Mask.of(dropout)
+    return cuda_linear.lora_grad_input(library, x, codes, low, up, mask._replace(scaled=False) if mask else None, quantised=how)

@@ -25,6 +25,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "combine_rows": cuda_rows.combine,
     "combine_rows_backward": cuda_rows.combine_backward,
     "rms_norm": cuda_rows.norm,
+    "add_rms_norm": cuda_rows.add_norm,
     "rms_norm_backward": cuda_rows.norm_backward,
     "gated_activation": cuda_rows.gated_activation,
     "gated_activation_backward": cuda_rows.gated_activation_backward,

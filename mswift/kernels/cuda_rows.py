@@ -114,11 +114,20 @@ def norm(library: Library, x: Tensor, weight: Tensor, eps: float, zero_centred: 
     return y.view(x.shape), rstd.view(x.shape[:-1])
 
 
-def norm_backward(library: Library, grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool) -> Tensor:
+def add_norm(library: Library, x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_norm(x, weight)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise RuntimeError(f"add_rms_norm: residual must be as x, got {list(residual.shape)} of {residual.dtype}")
+    y, total, rstd = rms_norm(library, _rows(x), _rows(residual), weight.contiguous(), eps, zero_centred=zero_centred)
+    return y.view(x.shape), total.view(x.shape), rstd.view(x.shape[:-1])
+
+
+def norm_backward(library: Library, grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool) -> Tensor:
     _check_norm(x, weight)
     rows, width = _rows(x), x.shape[-1]
     grad_x = torch.empty_like(rows)
-    arguments = (_rows(grad), None, rows, weight.contiguous(), rstd.contiguous(), grad_x, None, None, len(rows), width, int(zero_centred))
+    more = None if grad_sum is None else _rows(grad_sum)
+    arguments = (_rows(grad), more, rows, weight.contiguous(), rstd.contiguous(), grad_x, None, None, len(rows), width, int(zero_centred))
     library.call("mswift_rms_norm_backward", x, dtype_of(x), *arguments)
     return grad_x.view(x.shape)
 

@@ -45,7 +45,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = Fals
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = False) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual), x + residual)``: the sum is rounded to the dtype of `x` and then normalised, as two steps would do it."""
-    if x.dtype == residual.dtype and choice.compiled("rms_norm", x):
+    if x.dtype == residual.dtype and choice.compiled("rms_norm", x, weight):
         return torch.ops.mswift.add_rms_norm(x, residual, weight, eps, zero_centred)[:2]
     total = x + residual
     return rms_norm(total, weight, eps, zero_centred=zero_centred), total

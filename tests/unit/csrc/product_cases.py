@@ -172,6 +172,9 @@ def drop(emulator: Emulator, random: np.random.Generator) -> None:
         x[factors == 0] = np.nan if dtype == np.float32 else 0x7FC0
         emulator.call("mswift_drop", int(dtype == np.uint16), x, out, 5, cols, ctypes.addressof(mask), out=(out,))
         close(out, np.where(factors == 0, 0, wide(x) * factors), 1e-6)
+        mask.unscaled = 1
+        emulator.call("mswift_drop", int(dtype == np.uint16), x, out, 5, cols, ctypes.addressof(mask), out=(out,))
+        close(out, np.where(factors == 0, 0, wide(x)), 1e-7)
 
 
 def weight_gradient(emulator: Emulator, random: np.random.Generator) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mswift.kernels import choice, cuda, cuda_operators, extension
-from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, gated_activation, rms_norm, rotate
+from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate
 from mswift.kernels.grouped_linear import grouped_linear, lora_grouped_linear
 from mswift.kernels.linear_log_probs import linear_log_probs
 from mswift.kernels.permute import permute, unpermute
@@ -68,6 +68,8 @@ def test_norms_gates_and_rotations(emulated: Emulated, dtype: torch.dtype) -> No
     for zero_centred in (False, True):
         both(partial(rms_norm, eps=1e-3, zero_centred=zero_centred), [x, weight], emulated, 2, LIMITS[dtype])
     both(lambda x, w: rms_norm(x.transpose(0, 1), w, 1e-3), [x, weight], emulated, 2, LIMITS[dtype])
+    both(lambda x, r, w: torch.stack(add_rms_norm(x, r, w, 1e-3)), [x, draw(3, 2, 24, seed=4, dtype=dtype), weight], emulated, 2, LIMITS[dtype])
+    both(lambda x, r, w: add_rms_norm(x, r, w, 1e-3)[0], [x, draw(3, 2, 24, seed=4, dtype=dtype), weight], emulated, 2, LIMITS[dtype])
     for gate in (SILU, GELU_TANH, Gate(slope=1.702, limit=1.0, offset=1.0)):
         both(partial(gated_activation, gate=gate), [2 * x], emulated, 2, LIMITS[dtype])
     fused = draw(5, 2, 3, 40, dtype=dtype)  # queries straight out of a fused projection, of a batch of two
@@ -159,7 +161,7 @@ def test_experts_with_adapters(emulated: Emulated, apart: bool) -> None:
     seeds, common = torch.tensor([5, 6, 2**40]), {"scale": 0.7, "dropout_p": 0.25, "first_column": 4, "full_width": into + 2}
 
     def value(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora_grouped_linear(x, frozen, counts, bias, lora_a=a, lora_b=b, seeds=seeds, **common)
+        return lora_grouped_linear(x, frozen, counts, bias, a, b, seeds=seeds, **common)
 
     both(value, [draw(12, into, seed=8, dtype=BF16), biases, lora_a, lora_b], emulated, 6, 8e-3)
     both(lambda x, w: grouped_linear(x, w, counts), [draw(12, into, seed=8, dtype=BF16), weights], emulated, 3, 8e-3)
