@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mswift.kernels import cuda_linear
 from mswift.kernels import cuda_abi as abi
+from mswift.kernels import cuda_linear
 from mswift.kernels.cuda import Library, pointer
 
 _THIN = 64

@@ -19,7 +19,8 @@ from mswift.kernels.cuda import Library, dtype_of, pointer
 class Mask(NamedTuple):
     """A dropout mask of csrc/common/dropout.h: element (i, j) here is (first_row + i, first_column + j) of the whole activation.
 
-    threshold: the rate in 256ths. scaled: what is kept is multiplied by 256 / (256 - threshold). seeds: int64 ``[groups]``, one for each group in the place of `seed`; rows then count from the group's first.
+    threshold: the rate in 256ths. scaled: what is kept is multiplied by 256 / (256 - threshold). seeds: int64 ``[groups]``, one for each group in
+    the place of `seed`; rows then count from the group's first.
     """
 
     threshold: int

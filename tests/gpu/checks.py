@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mswift.kernels import cuda_abi as abi
-from mswift.kernels import cuda_head, cuda_linear, cuda_rows
+from mswift.kernels import cuda_grouped, cuda_head, cuda_linear, cuda_lora, cuda_rows
 from mswift.kernels.cuda import Library
 
 BF16 = torch.bfloat16
@@ -138,6 +138,49 @@ def experts(library: Library, device: str) -> None:
     close(grads, torch.stack([grad[part].double().T @ x[part].double() for part in parts]), 1e-5)
 
 
+def grouped(library: Library, device: str) -> None:
+    """What the operators of experts say: masks of each group that only keep or drop, an adapter in the same sums, biases, weights that lie apart."""
+    counts, seeds = torch.tensor([5, 0, 15], device=device), torch.tensor([3, 4, 2**40], device=device)
+    parts, limits = [slice(0, 5), slice(5, 5), slice(5, 20)], (seeds, 90, 4, 34)
+    x, low, grad = some(device, 20, 32), some(device, 20, 8), some(device, 20, 40)
+    weights, biases, ups = (list(some(device, 3, *shape).unbind()) for shape in ((40, 32), (40,), (40, 8)))
+    apart = [weight.clone() for weight in weights]
+    ones, eye = torch.ones(20, 32, device=device, dtype=BF16), [torch.eye(32, device=device, dtype=BF16)] * 3
+    mask = cuda_grouped.product(library, ones, eye, counts, [], None, [], False, 1.0, *limits).double()
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    want = torch.cat([x[p].double() @ weights[g].double().T + low[p].double() @ ups[g].double().T + biases[g].double() for g, p in enumerate(parts)])
+    for some_weights in (weights, apart):
+        close(cuda_grouped.product(library, x, some_weights, counts, biases, low, ups, False, 1.0, None, 0, 0, 0), want, 1e-2)
+    downs = [up.t().contiguous() for up in ups]  # [8, 40] by columns of an adapter's input
+    back = cuda_grouped.product(library, grad, weights, counts, [], low, [down[:, :32].contiguous() for down in downs], True, 0.5, *limits)
+    want = torch.cat([grad[p].double() @ weights[g].double() + mask[p] * (low[p].double() @ downs[g][:, :32].double()) for g, p in enumerate(parts)])
+    close(back, 0.5 * want, 1e-2)
+    grads = cuda_grouped.outer(library, grad, x, counts, *limits)
+    close(grads, torch.stack([grad[p].double().T @ (x[p].double() * mask[p]) for p in parts]), 1e-2)
+
+
+def adapted(library: Library, device: str) -> None:
+    """Several adapters in one batch with DoRA's factor: what the operators of a linear layer say."""
+    x, weight, a, b, grad = (some(device, *shape) for shape in ((9, 24), (40, 24), (6, 24), (40, 6), (9, 40)))
+    factor, ids, none = some(device, 40, dtype=torch.float32).abs() + 0.5, torch.arange(9, device=device) % 4 - 1, [0] * 5
+    own = (torch.arange(6, device=device) // 2 == ids[:, None]).double()
+    out, low, inner = cuda_lora.linear(library, x, weight, None, a, b, factor, ids, 3, 0.5, none)
+    want_low = 0.5 * own * (x.double() @ a.double().T)
+    want = x.double() @ weight.double().T + want_low @ b.double().T
+    close(low, want_low, 1e-2)
+    close(inner, want, 1e-2)
+    close(out, want * factor.double(), 1e-2)
+    grad_x, grad_low = cuda_lora.grad_input(library, grad, weight, a, b, factor, ids, 3, 0.5, none, True)
+    scaled = grad.double() * factor.double()
+    want_low = 0.5 * own * (scaled @ b.double())
+    close(grad_low, want_low, 1e-2)
+    close(grad_x, scaled @ weight.double() + want_low @ a.double(), 1e-2)
+    _, _, grad_factor = cuda_lora.grad_factors(library, grad, x, low, grad_low, factor, inner, none)
+    close(grad_factor, (grad.double() * want).sum(0), 1e-2)
+    mask = cuda_lora.drop(library, torch.ones(9, 24, device=device), [64, 7, 0, 0, 24])
+    close(cuda_lora.drop(library, x, [64, 7, 0, 0, 24]), x.double() * mask.double(), 5e-3)
+
+
 def quantised(library: Library, device: str) -> None:
     codes, scales = torch.randint(-127, 128, (24, 32), dtype=torch.int8).to(device), some(device, 24, dtype=torch.float32).abs() * 0.01
     how = cuda_linear.Quantised(abi.INT8, (24, 32), scales)
@@ -145,11 +188,29 @@ def quantised(library: Library, device: str) -> None:
     x, grad = some(device, 6, 32), some(device, 6, 24)
     close(cuda_linear.lora_forward(library, x, codes, None, None, None, quantised=how), x.double() @ weight.T, 1e-2)
     close(cuda_linear.lora_grad_input(library, grad, codes, None, None, None, quantised=how), grad.double() @ weight, 1e-2)
+    low, up, bias = some(device, 6, 4), some(device, 24, 4), some(device, 24)
+    given = (codes, scales, 24, 32, 0)
+    want = x.double() @ weight.T + low.double() @ up.double().T + bias.double()
+    close(cuda_lora.quantised_product(library, x, *given, bias, low, up, False, [0] * 5), want, 1e-2)
+    down, one, nothing = some(device, 4, 32), torch.zeros(6, 24, device=device, dtype=BF16), torch.ones_like(codes)
+    dropout = [90, 5, 0, 0, 32]
+    mask = cuda_lora.drop(library, torch.ones(6, 32, device=device), dropout).double().clamp(max=1)
+    got = cuda_lora.quantised_product(library, one, nothing, *given[1:], None, low, down, True, dropout)
+    close(got, mask * (low.double() @ down.double()), 1e-2)
 
 
 def head(library: Library, device: str) -> None:
+    check_head(library, device, 40)
+
+
+def wide_head(library: Library, device: str) -> None:
+    """Its gradients do not fit on the chip."""
+    check_head(library, device, 648)
+
+
+def check_head(library: Library, device: str, width: int) -> None:
     """Statistics, averaged rows and the weight's gradient of a shard with padding, tokens whose label is elsewhere among them."""
-    tokens, width, rows, valid, scale, cap = 9, 40, 150, 143, 0.7, 4.0
+    tokens, rows, valid, scale, cap = 9, 150, 143, 0.7 * (40 / width) ** 0.5, 4.0
     hidden, weight, bias = some(device, tokens, width), some(device, rows, width), some(device, rows)
     labels = torch.tensor([0, 142, -1, 7, 128, 5, 127, -1, 60], device=device)
     z = scale * (hidden.double() @ weight.double().T + bias.double())[:, :valid]
@@ -179,4 +240,4 @@ def head(library: Library, device: str) -> None:
     assert (grad_bias[valid:] == 0).all()
 
 
-CHECKS = {check.__name__: check for check in (rms_norm, gated, rope, permute, lora, experts, quantised, head)}
+CHECKS = {check.__name__: check for check in (rms_norm, gated, rope, permute, lora, adapted, experts, grouped, quantised, head, wide_head)}

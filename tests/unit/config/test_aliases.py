@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mswift.config import ExportConfig, InferConfig, SftConfig, aliases
+from mswift.config import ExportConfig, InferConfig, SftConfig, aliases, parse_command
 from mswift.config.known import NOT_YET, SWITCHES_OFF
 
 OURS = {**SftConfig.flags(), **InferConfig.flags(), **ExportConfig.flags()}
@@ -57,3 +57,16 @@ def test_what_users_of_ms_swift_write_is_known(names: str) -> None:
     handled = KNOWN | set(aliases.RENAMED) | set(aliases.SWITCHES)
     assert [name for name in names.split() if name not in handled] == []
     assert len(handled) > 700
+
+
+@pytest.mark.parametrize("flag", ["use_liger_kernel", "use_liger", "enable_liger_kernel", "enable_unsloth", "use_unsloth"])
+def test_names_of_other_kernels_mean_the_compiled_ones(flag: str) -> None:
+    """`true` is --kernels auto; of two that contradict each other the later one holds, as with any flag; `false` changes nothing."""
+
+    def kernels(words: str) -> str:
+        return parse_command("sft", f"--model m --dataset d.jsonl {words}".split()).runtime.kernels
+
+    assert kernels(f"--{flag} true") == kernels("") == "auto"
+    assert kernels(f"--kernels reference --{flag} true") == "auto"
+    assert kernels(f"--{flag} true --kernels reference") == "reference"
+    assert kernels(f"--kernels rms_norm --{flag} false") == "rms_norm"
