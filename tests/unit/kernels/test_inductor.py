@@ -18,6 +18,7 @@ from mswift.kernels.permute import permute, unpermute
 from tests.unit.kernels.emulated import relative
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="the compiled kernels are not there, or take no bfloat16 here"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: inductor cannot compile"),
 ]
