@@ -105,6 +105,8 @@ class Batches:
         pad_token_id: fills the right end of ``input_ids``.
         pad_to_multiple: ``s`` is rounded up to a multiple of this (tensor-parallel size with sequence parallelism).
         padding_free: rows lie end to end. packs: which rows share a pack; they lie end to end.
+        groups: bounds of rows that stay in one micro batch, such as the two of a preference pair, as `PackIndex` takes them; sizes then count groups.
+            With `packs` they are those of the packs. None: each row alone.
         mixture: which rows an epoch has, and in which order (its own seed and shuffling); None: every row once.
         linear_cost: tokens at which a row's attention costs as much as all the rest.
 
@@ -127,6 +129,7 @@ class Batches:
         drop_last: bool = False,
         padding_free: bool = False,
         packs: PackIndex | None = None,
+        groups: npt.NDArray[np.int64] | None = None,
         mixture: Mixture | None = None,
         linear_cost: int = 8192,
     ) -> None:
@@ -138,10 +141,13 @@ class Batches:
             raise DataError(f"dp_rank is {dp_rank}, wanted 0 to {dp_size - 1}")
         if not len(dataset):
             raise DataError("the data set is empty; check --dataset and --max_length")
-        if mixture is not None and (packs is not None or sum(mixture.sizes) != len(dataset)):
+        if packs is not None and groups is not None and (packs.groups is None or not np.array_equal(packs.groups, groups)):
+            raise ValueError("packs of other groups than those of the batches")
+        if mixture is not None and (packs is not None or groups is not None or sum(mixture.sizes) != len(dataset)):
             raise ValueError(f"a mixture of {sum(mixture.sizes)} rows for a data set of {len(dataset)}, or one of packs")
-        self.dataset, self.packs, self.mixture = dataset, packs, mixture
-        self.num_units = len(dataset) if packs is None else len(packs.of_epoch(0))
+        self.dataset, self.packs, self.groups, self.mixture = dataset, packs, groups, mixture
+        rows = len(dataset) if groups is None else len(groups) - 1
+        self.num_units = rows if packs is None else len(packs.of_epoch(0))
         self.num_units = self.num_units if mixture is None else mixture.rows_per_epoch
         self.end_to_end = padding_free or packs is not None
         if drop_last and self.num_units < global_batch_size:
@@ -166,8 +172,7 @@ class Batches:
             raise ValueError(f"step {k}, wanted at least 0")
         epoch, begin = self.epoch_of(k), k % self.steps_per_epoch * self.global_batch_size
         chosen = self._epoch_order(epoch)[begin : begin + self.global_batch_size].tolist()
-        packs = None if self.packs is None else self.packs.of_epoch(epoch)
-        units = [[unit] for unit in chosen] if packs is None else [packs.rows_of(unit) for unit in chosen]
+        units = [self._unit(epoch, number) for number in chosen]
         dearest = sorted(units, key=self.cost, reverse=True)
         size = self.micro_batch_size
         if not self.end_to_end:
@@ -179,6 +184,12 @@ class Batches:
             for part, unit in zip(parts if turn % 2 == 0 else reversed(parts), dealt, strict=False):
                 part += unit
         return sorted(parts, key=self.cost, reverse=True)
+
+    def _unit(self, epoch: int, number: int) -> list[int]:
+        """The rows that are dealt out together: those of a pack or of a group, or one."""
+        if self.packs is not None:
+            return self.packs.of_epoch(epoch).rows_of(number)
+        return [number] if self.groups is None else list(range(int(self.groups[number]), int(self.groups[number + 1])))
 
     def cost(self, rows: Sequence[int]) -> int:
         """What it takes to compute these rows end to end, in arbitrary units: attention grows with the square of each row's length."""
