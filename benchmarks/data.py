@@ -154,6 +154,69 @@ def index(count: int, capacity: int) -> list[dict[str, Any]]:
     ]
 
 
+def stream(model: Path, count: int, pairs: int) -> dict[str, Any]:
+    """Rows per second of one process that reads, parses, tokenises and collates a stream, beside the tokenizer alone on the same texts."""
+    from transformers import AutoTokenizer
+
+    from mswift.data.encoding import to_conversation
+    from mswift.data.loading import ReadSettings
+    from mswift.data.registry import Part
+    from mswift.data.shards import open_shards
+    from mswift.data.specs import parse_spec
+    from mswift.data.stream_batches import BatchShape, StreamBatches
+    from mswift.data.streaming import make_plan
+    from mswift.templates import ChatTemplate
+
+    template, rows, times = ChatTemplate(AutoTokenizer.from_pretrained(model)), make_rows(count), []
+    texts = [template.render(to_conversation(row)) for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in rows), encoding="utf8")
+        shards = open_shards(Part(parse_spec(str(path))))
+        for _ in range(pairs):
+            plan = make_plan([[shards]], [count], global_batch_size=64)
+            batches = StreamBatches(plan, template, ReadSettings({}), BatchShape(8))
+            begun = time.perf_counter()
+            seen = sum(len(batch.rows) for k in range(batches.steps_per_epoch) for batch in batches.step(k))
+            middle = time.perf_counter()
+            for first in range(0, count, 64):
+                template.tokenizer.backend_tokenizer.encode_batch(texts[first : first + 64], add_special_tokens=False)
+            times.append((middle - begun, time.perf_counter() - middle))
+            assert seen == count
+    return compared(f"stream {count} chat rows in steps of 64, rows/s of a rank", count, times, "tokenizers encode_batch")
+
+
+def library_lengths(model: Path) -> Any:
+    """Tokens of every function and class of Python's standard library: lengths as they come, from a line to thousands of them."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    texts = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if "site-packages" in path.parts or "test" in path.parts or "lib2to3" in path.parts:
+            continue
+        source = path.read_text(encoding="utf8", errors="replace")
+        lines = source.splitlines()
+        found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
+        texts += ["\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in found]
+    encode = AutoTokenizer.from_pretrained(model).backend_tokenizer.encode_batch_fast
+    made = [len(one) for first in range(0, len(texts), 1024) for one in encode(texts[first : first + 1024], add_special_tokens=False)]
+    return np.asarray(made, np.int64)
+
+
+def waste(model: Path, capacity: int) -> dict[str, Any]:
+    """Empty places in packs of real lengths; what is longer than a pack is left out."""
+    from mswift.data.packing import PackIndex
+
+    lengths = library_lengths(model)
+    lengths = lengths[lengths <= capacity]
+    index = PackIndex(lengths, capacity)
+    packs = index.of_epoch(0)
+    share = index.waste(packs)
+    name = f"packs of {len(lengths)} functions and classes, {int(lengths.sum()) / 1e6:.1f} M tokens: empty share"
+    return {"name": name, "ours": round(share, 6), "peer": WASTE, "peer_name": "limit", "ratio": round(WASTE / share, 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="directory of a chat model; its tokenizer and template are used")
@@ -163,10 +226,15 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, default=10_000_000, help="rows of the index of packs (default: %(default)s)")
     parser.add_argument("--ms_swift", type=Path, help="a Python interpreter that has ms-swift, to be compared on --ms_swift_rows of the rows")
     parser.add_argument("--ms_swift_rows", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--stream_rows", type=int, default=8000, help="rows that are streamed (default: %(default)s)")
     parser.add_argument("--packing_length", type=int, default=8192, help="tokens of a pack (default: %(default)s)")
     arguments = parser.parse_args()
     rows = tokens(arguments.model, arguments.rows, arguments.pairs, arguments.num_proc, arguments.packing_length) if arguments.rows else []
     rows += index(arguments.lengths, arguments.packing_length) if arguments.lengths else []
+    if arguments.lengths:
+        rows.append(waste(arguments.model, arguments.packing_length))
+    if arguments.stream_rows:
+        rows.append(stream(arguments.model, arguments.stream_rows, arguments.pairs))
     if arguments.ms_swift is not None:
         rows.append(ms_swift(arguments.ms_swift, arguments.model, arguments.ms_swift_rows, arguments.pairs, arguments.packing_length))
     else:

@@ -20,7 +20,8 @@ Ids: TypeAlias = npt.NDArray[np.int32]
 Weights: TypeAlias = npt.NDArray[np.float32]
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-_FORGET_BYTES = 2**28  # of a mapped file that have been read: its pages are given back, so that a pass over it does not fill the memory
+_FORGET_BYTES = 2**29  # of mapped files that may have become resident: they are given back, so that a pass over them does not fill the memory
+_AROUND_BYTES = 2**17  # that may become resident with a row beside itself: Linux maps what lies around a page, 64 KiB of each of the two files
 
 
 class TokenSink(Protocol):
@@ -81,7 +82,7 @@ class TokenRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         part, start, length = self.parts[self._part_of[index]], self._starts[index], self.lengths[index]
-        self._read_bytes += 8 * int(length)
+        self._read_bytes += 8 * int(length) + _AROUND_BYTES
         if self._read_bytes > _FORGET_BYTES:
             self._read_bytes = 0
             self._forget()

@@ -60,30 +60,47 @@ def test_resume_after_kill(extra: tuple[str, ...], tmp_path: Path) -> None:
     last = max(expected)
     assert len(expected) == last >= 12
 
-    process = subprocess.Popen(
-        command(model, rows, broken, *extra),
-        env=environment(processes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(broken / "checkpoint-3" / "resume" / "resume.json", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_after_three_steps(command(model, rows, broken, *extra), broken, processes)
     done = sorted(path.name for path in broken.glob("checkpoint-*"))
     assert f"checkpoint-{last}" not in done, "the run was over before it was killed"
     (broken / ".checkpoint-6.incomplete").mkdir(exist_ok=True)  # as if it had been killed while it saved
 
-    again = subprocess.run(
-        command(model, rows, broken, *extra, "--resume_from_checkpoint", "auto"),
-        env=environment(processes),
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert again.returncode == 0, again.stderr
-    assert "steps are done" in again.stderr
+    assert "steps are done" in go_on(command(model, rows, broken, *extra), processes)
     assert losses(broken) == expected
     assert not list(broken.glob(".*"))
+
+
+@pytest.mark.parametrize(("extra", "before", "after"), [(tuple(PACKED), 1, 2), (STREAMED, 2, 1)], ids=["packed-1-2", "streamed-2-1"])
+def test_resume_after_kill_on_another_number_of_ranks(extra: tuple[str, ...], before: int, after: int, tmp_path: Path) -> None:
+    """Every step has the rows that it would have had: its loss is that of the whole run but for the order of sums, and no other step's."""
+    extra = (*extra, "--lora_dropout", "0")  # its masks are those of a micro batch, and a stream is cut into others on other ranks
+    model, rows = make_checkpoint(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(model, rows, whole, *extra), env=environment(1), check=True, capture_output=True, timeout=170)
+    expected = losses(whole)
+    kill_after_three_steps(command(model, rows, broken, *extra), broken, before)
+    assert f"checkpoint-{max(expected)}" not in {path.name for path in broken.glob("checkpoint-*")}, "the run was over before it was killed"
+    assert f"dp{after} ({after} process" in go_on(command(model, rows, broken, *extra), after)
+    found = losses(broken)
+    assert found.keys() == expected.keys()
+    for step, (loss, norm) in expected.items():
+        assert found[step] == pytest.approx((loss, norm), rel=2e-4), step
+        others = [other for k, (other, _) in expected.items() if k != step]
+        assert all(abs(other - loss) > 4e-4 * loss for other in others), "the losses tell steps apart"
+
+
+def kill_after_three_steps(arguments: list[str], output: Path, processes: int) -> None:
+    process = subprocess.Popen(
+        arguments, env=environment(processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(output / "checkpoint-3" / "resume" / "resume.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def go_on(arguments: list[str], processes: int) -> str:
+    """What the run says that goes on from the newest checkpoint."""
+    arguments = [*arguments, "--resume_from_checkpoint", "auto"]
+    again = subprocess.run(arguments, env=environment(processes), capture_output=True, text=True, timeout=170, check=False)
+    assert again.returncode == 0, again.stderr
+    return again.stderr
