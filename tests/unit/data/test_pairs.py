@@ -29,7 +29,7 @@ def make_row(line: int, chosen: int, rejected: int) -> Row:
 
 def micro_batches(pairs: EncodedPairs, packed: bool, dp: int, epoch: int = 0) -> list[list[int]]:
     """The rows of every micro batch of an epoch, over all ranks."""
-    packs = PackIndex(pairs.data.lengths, 160, groups=pairs.groups) if packed else None
+    packs = PackIndex(pairs.data.lengths, 256, groups=pairs.groups) if packed else None
     ranks = [
         Batches(pairs.data, micro_batch_size=1 if packed else 2, global_batch_size=3, dp_rank=rank, dp_size=dp, packs=packs, groups=pairs.groups)
         for rank in range(dp)
@@ -54,7 +54,7 @@ def test_pairs_stay_together_and_come_once(chatml: ChatTemplate, made: list[tupl
     for members in batches:
         assert [row // 2 for row in members[::2]] == [row // 2 for row in members[1::2]]
         assert all(row % 2 == place % 2 for place, row in enumerate(members)), "the chosen one comes first"
-        assert not packed or pairs.data.lengths[members].sum() <= 160
+        assert not packed or pairs.data.lengths[members].sum() <= 256
     assert sorted(map(sorted, batches)) == sorted(map(sorted, micro_batches(pairs, packed, 1, epoch))), "whatever the number of ranks"
 
 
