@@ -53,6 +53,10 @@ TORCH_LIBRARY(mswift, m) {
   m.def("gather_rows(Tensor x, Tensor index) -> Tensor");
   m.def("combine_rows(Tensor x, Tensor index, Tensor? weights) -> Tensor");
   m.def("combine_rows_backward(Tensor grad, Tensor x, Tensor index, Tensor? weights) -> (Tensor grad_x, Tensor grad_weights)");
+  // a weight [rows, columns] of nf4 codes (block > 0) or int8 codes (block 0): x weight^T + low up^T + bias, by columns x weight + mask (low up)
+  m.def(
+      "quantised_product(Tensor x, Tensor codes, Tensor scales, int rows, int columns, int block, Tensor? bias, Tensor? low, Tensor? up, "
+      "bool by_columns, int[] dropout) -> Tensor");
   // between the products
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor rstd)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor sum, Tensor rstd)");

@@ -1,0 +1,235 @@
+"""QLoRA: a linear layer whose frozen weight is kept in 4 or 8 bits, with an adapter beside it (https://arxiv.org/abs/2305.14314).
+
+The weight is dequantised strip by strip inside the product, forward and for the gradient of the input; it never exists as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mswift.kernels import choice, extension
+from mswift.kernels.dropout import factor_of, kept, threshold_of
+from mswift.runtime.precision import widen
+
+NAME = "quantised_linear"
+STRIP = 128
+"""Rows of the weight that plain torch dequantises at a time."""
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+    ),
+    1.0,
+)
+"""The quantiles of a normal distribution between -1 and 1."""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Magnitudes that are codes themselves (double quantisation): ``table[codes] * scales of their block + offset``."""
+
+    codes: Tensor
+    table: Tensor
+    scales: Tensor
+    block: int
+    offset: float
+
+    def values(self) -> Tensor:
+        spread = self.scales.repeat_interleave(self.block)[: self.codes.numel()]
+        return self.table[self.codes.long()] * spread + self.offset
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A weight ``[rows, columns]`` in codes, laid out as bitsandbytes does.
+
+    Args:
+        codes: nf4: uint8, two codes a byte, the first in the high half, the rows one after the other; int8: ``[rows, columns]``.
+        scales: fp32; nf4: the largest magnitude of each block of the flattened weight, or what gives them; int8: the factor of each row.
+        block: elements of a block of nf4; 0: int8.
+    """
+
+    codes: Tensor
+    scales: Tensor | Nested
+    shape: tuple[int, int]
+    block: int
+
+    @property
+    def magnitudes(self) -> Tensor:
+        return self.scales.values() if isinstance(self.scales, Nested) else self.scales
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """These rows, dequantised: computed in fp32, rounded once."""
+        columns, magnitudes = self.shape[1], self.magnitudes
+        if not self.block:
+            return (self.codes.view(self.shape)[first:last].float() * magnitudes[first:last, None]).to(dtype)
+        places = torch.arange(first * columns, last * columns, device=self.codes.device)
+        codes = self.codes.flatten()[places // 2] >> (4 * (1 - places % 2)) & 15
+        values = torch.tensor(NF4, device=codes.device)[codes.long()] * magnitudes[places // self.block]
+        return values.view(-1, columns).to(dtype)
+
+
+def quantise_nf4(weight: Tensor, block: int = 64) -> QuantisedWeight:
+    """The nearest of the sixteen values for each element, over the largest magnitude of its block; ``[rows, columns]``, an even number of elements."""
+    flat = weight.detach().float().flatten()
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    scales = padded.abs().amax(1)
+    levels = padded / scales.clamp(min=1e-30)[:, None]
+    middles = torch.tensor([(a + b) / 2 for a, b in zip(NF4, NF4[1:])], device=flat.device)
+    codes = torch.bucketize(levels, middles).flatten()[: flat.numel()].to(torch.uint8)
+    return QuantisedWeight(codes[0::2] << 4 | codes[1::2], scales, (weight.shape[0], weight.shape[1]), block)
+
+
+def quantise_int8(weight: Tensor) -> QuantisedWeight:
+    """Each row over its largest magnitude / 127; ``[rows, columns]``."""
+    wide = weight.detach().float()
+    scales = wide.abs().amax(1) / 127
+    codes = (wide / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8)
+    return QuantisedWeight(codes, scales, (weight.shape[0], weight.shape[1]), 0)
+
+
+def _fits(x: Tensor, codes: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return "written for the CPU"
+    if x.dtype != torch.bfloat16:
+        return "takes bfloat16"
+    return None if extension.isa_at_least("avx512_bf16") else "needs avx512_bf16"
+
+
+choice.register(NAME, "products with nf4 and int8 weights, dequantised on the way", _fits)
+
+
+def _strips(weight: QuantisedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    for first in range(0, weight.shape[0], STRIP):
+        last = min(first + STRIP, weight.shape[0])
+        yield slice(first, last), widen(weight.rows(first, last, dtype))
+
+
+def _compiled(x: Tensor, weight: QuantisedWeight) -> bool:
+    return weight.shape[1] % 16 == 0 and weight.block % 16 == 0 and choice.compiled(NAME, x, weight.codes)
+
+
+def _forward(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:
+    if _compiled(x, weight):
+        return torch.ops.mswift.quantised_product(x, weight.codes, weight.magnitudes, *weight.shape, weight.block, bias, low, up, False, [0] * 5)
+    rows = widen(x)
+    out = rows.new_empty(len(x), weight.shape[0])
+    for strip, part in _strips(weight, x.dtype):
+        out[:, strip] = rows @ part.t()
+    if low is not None and up is not None:
+        out.addmm_(widen(low), widen(up).t())
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def _backward(grad: Tensor, weight: QuantisedWeight, low: Tensor | None, up: Tensor | None, dropout: list[int]) -> Tensor:
+    if _compiled(grad, weight):
+        return torch.ops.mswift.quantised_product(grad, weight.codes, weight.magnitudes, *weight.shape, weight.block, None, low, up, True, dropout)
+    sums = torch.zeros(len(grad), weight.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
+    for strip, part in _strips(weight, grad.dtype):
+        sums += widen(grad[:, strip]) @ part
+    if low is not None and up is not None:
+        added = (widen(low) @ widen(up)).to(sums.dtype)
+        sums += _masked(added, dropout)
+    return sums.to(grad.dtype)
+
+
+def _masked(x: Tensor, dropout: list[int]) -> Tensor:
+    threshold, seed, first_row, first_column, full_width = dropout
+    if not threshold:
+        return x
+    rows = torch.arange(first_row, first_row + len(x), device=x.device)
+    seeds = torch.full_like(rows, seed)
+    return x * kept(seeds, rows, (first_column, first_column + x.shape[1]), full_width, threshold)
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QuantisedWeight,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scale: float,
+        dropout: list[int],
+    ) -> Tensor:
+        low = None
+        if lora_a is not None:
+            low = (widen(_masked(x, dropout)) @ widen(lora_a).t()).mul_(scale).to(x.dtype)
+        ctx.weight, ctx.scale, ctx.dropout = weight, scale, dropout
+        ctx.save_for_backward(x, lora_a, lora_b, low)
+        return _forward(x, weight, bias, low, lora_b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a, lora_b, low = ctx.saved_tensors
+        grad, grad_low, grad_a, grad_b = grads[0].contiguous(), None, None, None
+        wide = widen(grad)
+        if lora_a is not None:
+            grad_low = (wide @ widen(lora_b)).mul_(ctx.scale).to(grad.dtype)
+            grad_a = (widen(grad_low).t() @ widen(_masked(x, ctx.dropout))).to(lora_a.dtype)
+            grad_b = (wide.t() @ widen(low)).to(lora_b.dtype)
+        grad_x = _backward(grad, ctx.weight, grad_low, lora_a, ctx.dropout) if ctx.needs_input_grad[0] else None
+        grad_bias = wide.sum(0).to(grad.dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None
+
+
+def quantised_linear(
+    x: Tensor,
+    weight: QuantisedWeight,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    first_column: int = 0,
+    full_width: int | None = None,
+) -> Tensor:
+    """``x @ W.T + bias + scale * (dropout(x) @ lora_a.T) @ lora_b.T``, W being `weight` dequantised to the dtype of `x`.
+
+    Args:
+        x: ``[..., columns]``. bias: ``[rows]``. lora_a: ``[rank, columns]``. lora_b: ``[rows, rank]``; all of the dtype of `x`.
+        dropout_p, seed: rate and name of the adapter's mask. first_column, full_width: where `x` lies in the whole activation.
+
+    Returns:
+        ``[..., rows]``.
+
+    Raises:
+        ValueError, RuntimeError: shapes that do not fit, with the argument's name.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: got {list(x.shape)}, wanted [..., {weight.shape[1]}], the columns of the weight")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_b: wanted together with lora_a")
+    parts = [x, bias, lora_a, lora_b]
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        parts = [None if part is None else part.to(dtype) for part in parts]
+    rows, *others = parts
+    assert rows is not None
+    dropout = [threshold_of(dropout_p), seed, 0, first_column, x.shape[-1] if full_width is None else full_width]
+    scale *= factor_of(dropout_p)
+    return _QuantisedLinear.apply(rows.reshape(-1, x.shape[-1]), weight, *others, scale, dropout).view(*x.shape[:-1], weight.shape[0])
+
+
+@extension.when_loaded
+def _describe() -> None:
+    @torch.library.register_fake("mswift::quantised_product")
+    def _(
+        x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: int, block: int, bias: Any, low: Any, up: Any, by_columns: bool, _: Any
+    ) -> Tensor:
+        return x.new_empty(x.shape[0], columns if by_columns else rows)
