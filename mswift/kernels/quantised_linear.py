@@ -5,6 +5,7 @@ The weight is dequantised strip by strip inside the product, forward and for the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,12 +82,12 @@ class QuantisedWeight:
 
 
 def quantise_nf4(weight: Tensor, block: int = 64) -> QuantisedWeight:
-    """The nearest of the sixteen values for each element, over the largest magnitude of its block; ``[rows, columns]``, an even number of elements."""
+    """The nearest of the sixteen values for each element, over the largest magnitude of its block; an even number of elements."""
     flat = weight.detach().float().flatten()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     scales = padded.abs().amax(1)
     levels = padded / scales.clamp(min=1e-30)[:, None]
-    middles = torch.tensor([(a + b) / 2 for a, b in zip(NF4, NF4[1:])], device=flat.device)
+    middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(NF4)], device=flat.device)
     codes = torch.bucketize(levels, middles).flatten()[: flat.numel()].to(torch.uint8)
     return QuantisedWeight(codes[0::2] << 4 | codes[1::2], scales, (weight.shape[0], weight.shape[1]), block)
 
