@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kernels_experts
+
 Methods = dict[str, Callable[[], Any]]
 SMALL, LARGE = (2048, 576, 49_152), (1024, 2048, 151_936)
 BLOCK = 4096
@@ -232,6 +234,7 @@ def cases(compiled: bool) -> Iterator[tuple[str, Callable[[], Methods]]]:
             yield f"rows/{name}/{dtype}", partial(make, dtype, compiled)
         for packed in (False, True):
             yield f"attention/{'8x128' if packed else '2x512'}/{dtype}", partial(attention, dtype, packed, compiled)
+    yield from kernels_experts.cases(compiled)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------------------

@@ -28,15 +28,18 @@ def _fits(x: Tensor, *weights: Tensor) -> str | None:
         return f"no kernel for {x.device.type}"
     if x.dtype != torch.bfloat16 or any(weight.dtype != x.dtype for weight in weights):
         return "takes bfloat16"
-    if len(x) > FEW * len(weights):
-        return "plain torch is as fast with so many rows a group"
     return None if extension.isa_at_least("avx512_bf16") else "needs avx512_bf16"
 
 
 choice.register(NAME, "linear layers of all experts in one call, adapters in the same sums", _fits, on_cuda=True)
 
 
-class _Mask(NamedTuple):
+def _compiled(x: Tensor, groups: int, mask: Mask | None, *others: Tensor) -> bool:
+    """Where many rows share a weight, plain torch is as fast; but it draws masks slowly."""
+    return (mask is not None or len(x) <= FEW * groups) and choice.compiled(NAME, x, *others)
+
+
+class Mask(NamedTuple):
     """One dropout mask for each group; rows count from the group's first. threshold 0: none."""
 
     seeds: Tensor
@@ -50,7 +53,7 @@ class _Mask(NamedTuple):
         return kept(self.seeds[group].expand(rows), numbers, columns, self.full_width, self.threshold)
 
 
-class _Product(NamedTuple):
+class Product(NamedTuple):
     """``alpha (x W^T + mask * (low up^T)) + bias`` of each group; with `columns` W and up as they are. Without `low` the mask is on x."""
 
     weights: Sequence[Tensor]
@@ -59,15 +62,15 @@ class _Product(NamedTuple):
     columns: bool = False
     alpha: float = 1.0
 
-    def __call__(self, x: Tensor, counts: Tensor, low: Tensor | None, mask: _Mask | None) -> Tensor:
-        if not choice.compiled(NAME, x, *self.weights):
+    def __call__(self, x: Tensor, counts: Tensor, low: Tensor | None, mask: Mask | None) -> Tensor:
+        if not _compiled(x, len(self.weights), mask, *self.weights):
             return self.by_torch(x, counts, low, mask)
         seeds, *limits = mask or (None, 0, 0, 0)
         up = list(self.up) if low is not None else []
         given = (x, list(self.weights), counts, list(self.biases), low, up, self.columns, self.alpha)
         return torch.ops.mswift.grouped_product(*given, seeds, *limits)
 
-    def by_torch(self, x: Tensor, counts: Tensor, low: Tensor | None, mask: _Mask | None) -> Tensor:
+    def by_torch(self, x: Tensor, counts: Tensor, low: Tensor | None, mask: Mask | None) -> Tensor:
         rows, wide_low = widen(x), None if low is None else widen(low)
         out = rows.new_empty(len(x), self.weights[0].shape[1 if self.columns else 0])
         for group, part in _parts(counts):
@@ -98,9 +101,9 @@ def _parts(counts: Tensor) -> Iterator[tuple[int, slice]]:
         first += count
 
 
-def _outer(a: Tensor, b: Tensor, counts: Tensor, mask: _Mask | None, kernel: bool) -> Tensor:
+def outer(a: Tensor, b: Tensor, counts: Tensor, mask: Mask | None) -> Tensor:
     """``a^T (mask * b)`` of each group, ``[groups, columns of a, columns of b]``."""
-    if kernel:
+    if _compiled(a, len(counts), mask, b):
         seeds, *limits = mask or (None, 0, 0, 0)
         return torch.ops.mswift.grouped_outer(a, b, counts, seeds, *limits)
     left, right = widen(a), widen(b)
@@ -116,7 +119,7 @@ class _Settings(NamedTuple):
     biases: int
     adapters: int
     alpha: float
-    mask: _Mask | None
+    mask: Mask | None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -127,28 +130,28 @@ class _GroupedLinear(torch.autograd.Function):
         weights, biases, lora_a, lora_b = _split(settings, tensors)
         low = None
         if lora_a:
-            low = _Product(lora_a, alpha=settings.alpha)(x, counts, None, settings.mask)
+            low = Product(lora_a, alpha=settings.alpha)(x, counts, None, settings.mask)
         ctx.settings = settings
         ctx.save_for_backward(x, counts, low, *tensors)
-        return _Product(weights, biases, lora_b)(x, counts, low, None)
+        return Product(weights, biases, lora_b)(x, counts, low, None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, counts, low, *tensors = ctx.saved_tensors
         settings: _Settings = ctx.settings
         weights, biases, lora_a, lora_b = _split(settings, tensors)
-        grad, kernel = grads[0].contiguous(), choice.compiled(NAME, x, *weights)
+        grad = grads[0].contiguous()
         needed = _split(settings, ctx.needs_input_grad[3:])
         grad_low = grad_x = None
         if lora_a:
-            grad_low = _Product(lora_b, columns=True, alpha=settings.alpha)(grad, counts, None, None)
+            grad_low = Product(lora_b, columns=True, alpha=settings.alpha)(grad, counts, None, None)
         if ctx.needs_input_grad[0]:
-            grad_x = _Product(weights, up=lora_a, columns=True)(grad, counts, grad_low, settings.mask if lora_a else None)
+            grad_x = Product(weights, up=lora_a, columns=True)(grad, counts, grad_low, settings.mask if lora_a else None)
         groups: list[Tensor | None] = [None] * len(weights)
-        of_weights = _outer(grad, x, counts, None, kernel).unbind() if any(needed[0]) else groups
+        of_weights = outer(grad, x, counts, None).unbind() if any(needed[0]) else groups
         of_biases = _sums(grad, counts, biases) if any(needed[1]) else [None] * len(biases)
-        of_a = _outer(grad_low, x, counts, settings.mask, kernel).unbind() if grad_low is not None and any(needed[2]) else [None] * len(lora_a)
-        of_b = _outer(grad, low, counts, None, kernel).unbind() if low is not None and any(needed[3]) else [None] * len(lora_b)
+        of_a = outer(grad_low, x, counts, settings.mask).unbind() if grad_low is not None and any(needed[2]) else [None] * len(lora_a)
+        of_b = outer(grad, low, counts, None).unbind() if low is not None and any(needed[3]) else [None] * len(lora_b)
         return (grad_x, None, None, *of_weights, *of_biases, *of_a, *of_b)
 
 
@@ -176,7 +179,7 @@ def _list(tensors: Matrices | None) -> list[Tensor]:
     return list(tensors.unbind() if isinstance(tensors, Tensor) else tensors)
 
 
-def _apply(x: Tensor, counts: Tensor, lists: list[list[Tensor]], alpha: float, mask: _Mask | None) -> Tensor:
+def _apply(x: Tensor, counts: Tensor, lists: list[list[Tensor]], alpha: float, mask: Mask | None) -> Tensor:
     weights, biases, lora_a, _ = lists
     if x.dim() != 2:
         raise ValueError(f"x: got {list(x.shape)}, wanted [rows, in]")
@@ -232,7 +235,7 @@ def lora_grouped_linear(
     if dropout_p > 0:
         if seeds is None:
             raise ValueError("seeds: got none, wanted int64 [experts] with a dropout rate above 0")
-        mask = _Mask(seeds, threshold_of(dropout_p), first_column, x.shape[-1] if full_width is None else full_width)
+        mask = Mask(seeds, threshold_of(dropout_p), first_column, x.shape[-1] if full_width is None else full_width)
     lists = [_list(weights), _list(biases), _list(lora_a), _list(lora_b)]
     return _apply(x, tokens_per_expert, lists, scale * (factor_of(dropout_p) if mask else 1.0), mask)
 

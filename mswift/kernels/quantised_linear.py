@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mswift.kernels import choice, extension
-from mswift.kernels.dropout import factor_of, kept, threshold_of
+from mswift.kernels.dropout import factor_of, threshold_of
+from mswift.kernels.grouped_linear import Mask, Product, outer
 from mswift.runtime.precision import widen
 
 NAME = "quantised_linear"
@@ -133,25 +134,17 @@ def _forward(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, low: Tenso
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def _backward(grad: Tensor, weight: QuantisedWeight, low: Tensor | None, up: Tensor | None, dropout: list[int]) -> Tensor:
+def _backward(grad: Tensor, weight: QuantisedWeight, low: Tensor | None, up: Tensor | None, mask: Mask | None) -> Tensor:
     if _compiled(grad, weight):
+        dropout = [0] * 5 if mask is None else [mask.threshold, int(mask.seeds), 0, mask.first_column, mask.full_width]
         return torch.ops.mswift.quantised_product(grad, weight.codes, weight.magnitudes, *weight.shape, weight.block, None, low, up, True, dropout)
     sums = torch.zeros(len(grad), weight.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
     for strip, part in _strips(weight, grad.dtype):
         sums += widen(grad[:, strip]) @ part
     if low is not None and up is not None:
         added = (widen(low) @ widen(up)).to(sums.dtype)
-        sums += _masked(added, dropout)
+        sums += added if mask is None else added * mask.of(0, *added.shape)
     return sums.to(grad.dtype)
-
-
-def _masked(x: Tensor, dropout: list[int]) -> Tensor:
-    threshold, seed, first_row, first_column, full_width = dropout
-    if not threshold:
-        return x
-    rows = torch.arange(first_row, first_row + len(x), device=x.device)
-    seeds = torch.full_like(rows, seed)
-    return x * kept(seeds, rows, (first_column, first_column + x.shape[1]), full_width, threshold)
 
 
 class _QuantisedLinear(torch.autograd.Function):
@@ -164,12 +157,11 @@ class _QuantisedLinear(torch.autograd.Function):
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         scale: float,
-        dropout: list[int],
+        mask: Mask | None,
     ) -> Tensor:
-        low = None
-        if lora_a is not None:
-            low = (widen(_masked(x, dropout)) @ widen(lora_a).t()).mul_(scale).to(x.dtype)
-        ctx.weight, ctx.scale, ctx.dropout = weight, scale, dropout
+        ctx.all_rows = torch.tensor([len(x)], device=x.device)
+        low = None if lora_a is None else Product([lora_a], alpha=scale)(x, ctx.all_rows, None, mask)
+        ctx.weight, ctx.scale, ctx.mask = weight, scale, mask
         ctx.save_for_backward(x, lora_a, lora_b, low)
         return _forward(x, weight, bias, low, lora_b)
 
@@ -177,13 +169,12 @@ class _QuantisedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_a, lora_b, low = ctx.saved_tensors
         grad, grad_low, grad_a, grad_b = grads[0].contiguous(), None, None, None
-        wide = widen(grad)
         if lora_a is not None:
-            grad_low = (wide @ widen(lora_b)).mul_(ctx.scale).to(grad.dtype)
-            grad_a = (widen(grad_low).t() @ widen(_masked(x, ctx.dropout))).to(lora_a.dtype)
-            grad_b = (wide.t() @ widen(low)).to(lora_b.dtype)
-        grad_x = _backward(grad, ctx.weight, grad_low, lora_a, ctx.dropout) if ctx.needs_input_grad[0] else None
-        grad_bias = wide.sum(0).to(grad.dtype) if ctx.needs_input_grad[2] else None
+            grad_low = Product([lora_b], columns=True, alpha=ctx.scale)(grad, ctx.all_rows, None, None)
+            grad_a = outer(grad_low, x, ctx.all_rows, ctx.mask)[0]
+            grad_b = outer(grad, low, ctx.all_rows, None)[0]
+        grad_x = _backward(grad, ctx.weight, grad_low, lora_a, ctx.mask) if ctx.needs_input_grad[0] else None
+        grad_bias = widen(grad).sum(0).to(grad.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, grad_a, grad_b, None, None
 
 
@@ -222,9 +213,11 @@ def quantised_linear(
         parts = [None if part is None else part.to(dtype) for part in parts]
     rows, *others = parts
     assert rows is not None
-    dropout = [threshold_of(dropout_p), seed, 0, first_column, x.shape[-1] if full_width is None else full_width]
-    scale *= factor_of(dropout_p)
-    return _QuantisedLinear.apply(rows.reshape(-1, x.shape[-1]), weight, *others, scale, dropout).view(*x.shape[:-1], weight.shape[0])
+    mask = None
+    if dropout_p > 0:
+        width = x.shape[-1] if full_width is None else full_width
+        mask, scale = Mask(torch.tensor([seed], device=x.device), threshold_of(dropout_p), first_column, width), scale * factor_of(dropout_p)
+    return _QuantisedLinear.apply(rows.reshape(-1, x.shape[-1]), weight, *others, scale, mask).view(*x.shape[:-1], weight.shape[0])
 
 
 @extension.when_loaded

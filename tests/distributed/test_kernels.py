@@ -18,6 +18,7 @@ CASES = {
     "dense-tp2": ("llama", 2, {"tp": 2, "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}),
     "mixture": ("qwen3_moe", 1, {}),
     "mixture-ep2": ("qwen3_moe", 2, {"ep": 2}),
+    "adapted-experts-etp2": ("qwen3_moe", 2, {"tp": 2, "etp": 2, "sequence_parallel": True, "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}),
 }
 
 
