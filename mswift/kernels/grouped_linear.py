@@ -35,8 +35,8 @@ choice.register(NAME, "linear layers of all experts in one call, adapters in the
 
 
 def _compiled(x: Tensor, groups: int, mask: Mask | None, *others: Tensor) -> bool:
-    """Where many rows share a weight, plain torch is as fast; but it draws masks slowly."""
-    return (mask is not None or len(x) <= FEW * groups) and choice.compiled(NAME, x, *others)
+    """On a CPU, plain torch is as fast where many rows share a weight; but it draws masks slowly."""
+    return (mask is not None or x.device.type != "cpu" or len(x) <= FEW * groups) and choice.compiled(NAME, x, *others)
 
 
 class Mask(NamedTuple):

@@ -91,7 +91,7 @@ def test_without_adapters(counts: list[int], into: int, out: int, seed: int, bf1
         lambda t: grouped_linear(t["x"], t["weights"], torch.tensor(counts), t["biases"]), tensors, torch.bfloat16 if bf16 else torch.float32, names
     )
     for name, wanted in exact.items():
-        assert distance(found[name], wanted) < (8e-3 if bf16 else 1e-6), name
+        assert distance(found[name], wanted) < (8e-3 if bf16 else 1e-5), name
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,7 +103,7 @@ def test_with_adapters(counts: list[int], into: int, out: int, seed: int, rank: 
     single = results(lambda t: call(t, counts, p, first, full), tensors, torch.float32, names)
     narrow = results(lambda t: call(t, counts, p, first, full), tensors, torch.bfloat16, names)
     for name, wanted in exact.items():
-        assert distance(single[name], wanted) < 2e-6, name
+        assert distance(single[name], wanted) < 1e-5, name
         assert distance(narrow[name], wanted) < 3e-2, name  # a single number, through two products, is that inexact in bf16
 
 

@@ -101,7 +101,7 @@ def test_values_and_gradients(tokens: int, rows: int, columns: int, kind: str, r
 
     given = inputs(tokens, weight, rank)
     ours = {"scale": SCALE, "dropout_p": p, "seed": SEED, "first_column": first, "full_width": full}
-    for dtype, wide, limit in ((torch.float32, whole, 2e-6), (torch.bfloat16, rounded, 3e-2)):
+    for dtype, wide, limit in ((torch.float32, whole, 1e-5), (torch.bfloat16, rounded, 3e-2)):
         wanted = results(lambda wide=wide, **t: exact(wide, **t), given, torch.float64)
         found = results(lambda **t: quantised_linear(weight=weight, **t, **ours), given, dtype)
         for name, value in wanted.items():
