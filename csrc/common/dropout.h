@@ -20,10 +20,15 @@ MSWIFT_BOTH uint32_t mswift_mix(uint32_t h) {
   return h;
 }
 
+/// What four columns, and what a row, bring to a hash; kernels compute each of them once.
+MSWIFT_BOTH uint32_t mswift_column_hash(uint64_t seed, uint32_t quad) { return mswift_mix((uint32_t)seed + quad * 0x9e3779b1U); }
+MSWIFT_BOTH uint32_t mswift_row_term(uint64_t seed, uint64_t row) {
+  return (uint32_t)row * 0x85ebca77U + (uint32_t)(row >> 32) * 0xc2b2ae3dU + (uint32_t)(seed >> 32);
+}
+
 /// Four draws of eight bits, for columns 4 * quad .. 4 * quad + 3 of a row; column c has the bits from 8 * (c % 4) on.
 MSWIFT_BOTH uint32_t mswift_draws(uint64_t seed, uint64_t row, uint32_t quad) {
-  const uint32_t column_hash = mswift_mix((uint32_t)seed + quad * 0x9e3779b1U);
-  return mswift_mix(column_hash + (uint32_t)row * 0x85ebca77U + (uint32_t)(row >> 32) * 0xc2b2ae3dU + (uint32_t)(seed >> 32));
+  return mswift_mix(mswift_column_hash(seed, quad) + mswift_row_term(seed, row));
 }
 
 MSWIFT_BOTH bool mswift_keep(uint64_t seed, uint64_t row, uint32_t column, uint32_t threshold) {

@@ -6,7 +6,6 @@
 // that a token which the model already knows has an exact loss and gradient in bf16 too.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "cpu/panels.h"
 #include "cpu/vec.h"
 
 namespace mswift {
@@ -25,22 +25,20 @@ namespace {
 MSWIFT_TARGET_AVX2
 namespace avx2 {
 using namespace mswift::avx2;
+#include "cpu/panels.inc"
 #include "cpu/linear_softmax.inc"
 }  // namespace avx2
 MSWIFT_TARGET_END
 MSWIFT_TARGET_AVX512
 namespace avx512 {
 using namespace mswift::avx512;
+#include "cpu/panels.inc"
 #include "cpu/linear_softmax.inc"
 }  // namespace avx512
 MSWIFT_TARGET_END
 
-namespace blas = at::native::cpublas;
-constexpr int64_t kPanel = 64;   // columns of a packed panel: 64 KB for 512 rows of bf16, half of an L1 and little of an L2
 constexpr int64_t kBlock = 512;  // vocabulary rows that are packed at a time; also tokens at a time in the weight's gradient
 constexpr int64_t kTile = 64;    // tokens (vocabulary rows in the weight's gradient) of a tile
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /// The functions of linear_softmax.inc for the processor at hand; T: float, or uint16_t for bf16.
 template <class T>
@@ -50,7 +48,7 @@ struct Parts {
   void (*rescale)(float*, float*, int64_t, float, float);
   float (*gradient_row)(float*, int64_t, float, float, float, const float*, const float*, const float*, const float*, const int32_t*, int32_t, T*);
   void (*transpose)(const uint32_t*, int64_t, int64_t, int64_t, uint32_t*);
-  void (*interleave)(const uint16_t*, int64_t, int64_t, int64_t, int64_t, uint32_t*);
+  void (*interleave)(const T*, int64_t, int64_t, int64_t, int64_t, T*);
   void (*round)(const float*, int64_t, uint16_t*);
 };
 static_assert(sizeof(avx2::Row) == sizeof(avx512::Row));
@@ -63,55 +61,21 @@ Parts<T> parts() {
   return {&avx2::softmax_row<T>, &avx2::rescale, &avx2::gradient_row<T>, &avx2::transpose_panel, &avx2::interleave_panel, &avx2::round_rows};
 }
 
-template <class T>
-struct Product;
-template <>
-struct Product<float> {
-  static constexpr int64_t pair = 1;  // rows of an operand that are packed together
-  static void run(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a, const float* b, float* c) {
-    blas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
-  }
-  static void release() {}
-};
-template <>
-struct Product<uint16_t> {
-  static constexpr int64_t pair = 2;
-  static void run(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const uint16_t* a, const uint16_t* b, float* c) {
-    blas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c, true);
-  }
-  static void release() { blas::brgemm_release(true); }
-};
-
-/// One half: src [rows][depth] as panels [depth / pair][64][pair] of 64 rows each, for products over `depth`.
+/// As panels: all of src [rows][depth], 64 rows each, for products over `depth`; or its columns [from, from + 64), for products over the rows.
 template <class T>
 void pack_transposed(const Parts<T>& part, const T* src, int64_t rows, int64_t depth, T* dst) {
-  constexpr int64_t pair = Product<T>::pair;
-  part.transpose(reinterpret_cast<const uint32_t*>(src), depth / pair, std::min(rows, kPanel), depth / pair, reinterpret_cast<uint32_t*>(dst));
+  part.transpose(reinterpret_cast<const uint32_t*>(src), depth / Product<T>::pair, std::min(rows, kPanel), depth / Product<T>::pair,
+                 reinterpret_cast<uint32_t*>(dst));
 }
-
-/// The other: columns [from, from + 64) of src [rows][ld] as a panel for products over the rows, zero beyond them up to `padded`.
-void pack_panel(const Parts<uint16_t>& part, const uint16_t* src, int64_t ld, int64_t rows, int64_t padded, int64_t from, uint16_t* dst) {
-  part.interleave(src + from, ld, rows, padded, std::min(kPanel, ld - from), reinterpret_cast<uint32_t*>(dst));
-}
-void pack_panel(const Parts<float>&, const float* src, int64_t ld, int64_t rows, int64_t padded, int64_t from, float* dst) {
-  const int64_t width = std::min(kPanel, ld - from);
-  for (int64_t r = 0; r < padded; r++)
-    for (int64_t c = 0; c < kPanel; c++) dst[r * kPanel + c] = r < rows && c < width ? src[r * ld + from + c] : 0.f;
+template <class T>
+void pack_panel(const Parts<T>& part, const T* src, int64_t ld, int64_t rows, int64_t padded, int64_t from, T* dst) {
+  part.interleave(src + from, ld, rows, padded, std::min(kPanel, ld - from), dst);
 }
 
 struct Limits {
   int64_t valid;
   float scale, cap;
 };
-
-/// Parallel over tasks, each of which may call brgemm.
-template <class T, class F>
-void each(int64_t count, const F& task) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) task(i);
-    Product<T>::release();
-  });
-}
 
 template <class T>
 struct Sweep {

@@ -1,38 +1,190 @@
 """A frozen linear layer with a low-rank adapter in one differentiable step.
 
-The adapter is added into the base product (forward) and into the input gradient (backward) by `addmm_`, so that no activation-sized
-temporary is made for it. Dropout is a function of a seed: the mask is drawn again in the backward pass and never stored.
+The adapter is added into the base product (forward) and into the input gradient (backward), so that no activation-sized temporary is made for
+it. Dropout is a function of (seed, row, column), csrc/common/dropout.h: the mask is drawn again in the backward pass and never stored.
+Three steps do the work, compiled (`mswift::lora_linear` and its gradients) or in plain torch; here they become differentiable, and here are
+the ranks of a group.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mswift.kernels import choice, extension
 from mswift.runtime.precision import widen
 
+NAME = "lora_linear"
 
-def keep_mask(shape: tuple[int, int], columns: tuple[int, int], p: float, seed: int, like: Tensor) -> Tensor:
+_WORD = 0xFFFFFFFF
+
+
+class Dropout(NamedTuple):
+    """A mask: the rate in 256ths, what names it, where its first row and column lie in the whole activation, and the width of that."""
+
+    threshold: int
+    seed: int
+    row: int
+    column: int
+    width: int
+
+    @classmethod
+    def of(cls, p: float, seed: int, row: int, column: int, width: int) -> Dropout:
+        """The mask of a rate `p`, which is rounded to a multiple of 1/256; the scale is that of the rate in use."""
+        return cls(max(1, min(255, round(p * 256))) if p > 0 else 0, seed, row, column, width)
+
+    @property
+    def factor(self) -> float:
+        """Of what is kept."""
+        return 256.0 / (256 - self.threshold)
+
+
+_NONE = Dropout(0, 0, 0, 0, 0)
+
+
+# ---- plain torch ---------------------------------------------------------------------------------------------------------------------
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = (h ^ (h >> 16)) * 0x7FEB352D & _WORD
+    h = (h ^ (h >> 15)) * 0x846CA68B & _WORD
+    return h ^ (h >> 16)
+
+
+def _kept(rows: int, columns: int, mask: Dropout, device: torch.device) -> Tensor:
+    """bool ``[rows, columns]``: csrc/common/dropout.h, in int64."""
+    first = mask.column // 4
+    quads = torch.arange(first, (mask.column + columns + 3) // 4, device=device)
+    row = torch.arange(mask.row, mask.row + rows, device=device)
+    column_hash = _mix((mask.seed & _WORD) + quads * 0x9E3779B1 & _WORD)
+    row_term = (row & _WORD) * 0x85EBCA77 + (row >> 32) * 0xC2B2AE3D + (mask.seed >> 32)
+    hashes = _mix(column_hash + row_term[:, None] & _WORD)
+    draws = torch.stack([hashes >> shift & 255 for shift in (0, 8, 16, 24)], -1).flatten(1)[:, mask.column - 4 * first :][:, :columns]
+    here = torch.arange(mask.column, mask.column + columns, device=device) < mask.width
+    return (draws >= mask.threshold) & here
+
+
+def keep_mask(shape: tuple[int, int], columns: tuple[int, int], p: float, seed: int, like: Tensor, *, first_row: int = 0) -> Tensor:
     """The inverted-dropout factors (0 or 1/(1-p)) of columns [start, stop) of a ``shape`` activation; beyond its width they are 0.
 
-    A rank that holds some columns of a row-parallel input draws the whole mask and keeps its part, so that the mask, and with it the
-    loss, does not depend on the layout.
+    They are a function of seed, row (counted from `first_row`) and column: the parts of ranks are the same as of one that holds all.
     """
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    # Eight bits a draw: the rate is a multiple of 1/256, and the scale below is that of the rate in use.
-    draws = torch.empty(shape, dtype=torch.uint8, device=like.device).random_(0, 256, generator=generator)
-    threshold = max(1, min(255, round(p * 256)))
-    kept = (draws[:, columns[0] : columns[1]] >= threshold).to(like.dtype).mul_(256.0 / (256 - threshold))
-    missing = columns[1] - columns[0] - kept.shape[1]
-    return torch.nn.functional.pad(kept, (0, missing)) if missing else kept
+    mask = Dropout.of(p, seed, first_row, columns[0], shape[1])
+    return _kept(shape[0], columns[1] - columns[0], mask, like.device).to(like.dtype).mul_(mask.factor)
 
 
-def _mask_of(flat: Tensor, dropout: tuple[float, int, int, int]) -> Tensor | None:
-    p, seed, first, full = dropout
-    return keep_mask((len(flat), full), (first, first + flat.shape[1]), p, seed, flat) if p > 0 else None
+def _dropped(x: Tensor, mask: Dropout) -> Tensor:
+    """Zeros where elements are dropped; the factor of the rest is left to the sums."""
+    return x * _kept(*x.shape, mask, x.device) if mask.threshold else x  # type: ignore[arg-type]
+
+
+def _only_own(low: Tensor, ids: Tensor | None, adapters: int) -> Tensor:
+    """Zeros at the ranks of adapters that are not a token's."""
+    if ids is None:
+        return low
+    owner = torch.arange(low.shape[1], device=low.device) // (low.shape[1] // adapters)
+    return low * (ids[:, None] == owner)
+
+
+class Adapted(NamedTuple):
+    """The weights of a layer: see `lora_linear`; a ``[ranks of all adapters, in]``, b ``[out, ranks]``, factor fp32 ``[out]``, ids ``[tokens]``."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    factor: Tensor | None
+    ids: Tensor | None
+    adapters: int
+    scale: float
+
+
+def _reference_forward(x: Tensor, bias: Tensor | None, layer: Adapted, mask: Dropout) -> tuple[Tensor, Tensor, Tensor]:
+    flat, weight, b, factor = widen(x), widen(layer.weight), widen(layer.b), layer.factor
+    low = _only_own(torch.mm(_dropped(flat, mask), widen(layer.a).t()).mul_(layer.scale * mask.factor), layer.ids, layer.adapters)
+    if factor is None:
+        output = torch.mm(flat, weight.t()) if bias is None else torch.addmm(widen(bias), flat, weight.t())
+        return output.addmm_(low, b.t()).to(x.dtype), low.to(x.dtype), x.new_empty(0, weight.shape[0])
+    inner = torch.mm(flat, weight.t()).addmm_(low, b.t())
+    output = inner * factor if bias is None else inner * factor + bias
+    return output.to(x.dtype), low.to(x.dtype), inner.to(x.dtype)
+
+
+def _reference_grad_input(grad: Tensor, layer: Adapted, mask: Dropout, wanted: bool) -> tuple[Tensor, Tensor]:
+    wide = widen(grad)
+    if layer.factor is not None:
+        wide = (wide * layer.factor).to(wide.dtype)
+    grad_low = _only_own(torch.mm(wide, widen(layer.b)).mul_(layer.scale), layer.ids, layer.adapters)
+    if not wanted:
+        return grad.new_empty(0, layer.weight.shape[1]), grad_low.to(grad.dtype)
+    grad_x = torch.mm(wide, widen(layer.weight))
+    if mask.threshold:
+        grad_x.add_(_dropped(torch.mm(grad_low, widen(layer.a)), mask), alpha=mask.factor)
+    else:
+        grad_x.addmm_(grad_low, widen(layer.a))
+    return grad_x.to(grad.dtype), grad_low.to(grad.dtype)
+
+
+def _reference_grad_factors(
+    grad: Tensor, x: Tensor, low: Tensor, grad_low: Tensor, factor: Tensor | None, inner: Tensor, mask: Dropout
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = widen(grad)
+    grad_a = torch.mm(widen(grad_low).t(), _dropped(widen(x), mask)).mul_(mask.factor).to(x.dtype)
+    if factor is None:
+        return grad_a, torch.mm(wide.t(), widen(low)).to(x.dtype), factor_like(x, 0)
+    grad_factor = (grad.float() * inner.float() if grad.dtype != torch.float64 else grad * inner).sum(0)
+    return grad_a, (torch.mm(wide.t(), widen(low)) * factor[:, None]).to(x.dtype), grad_factor
+
+
+def factor_like(x: Tensor, count: int) -> Tensor:
+    """Room for DoRA's factors: fp32, or fp64 for an fp64 activation."""
+    return x.new_empty(count, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+# ---- either --------------------------------------------------------------------------------------------------------------------------
+
+
+def _fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> str | None:
+    if x.device.type not in ("cpu", "meta"):
+        return f"no kernel for {x.device.type} yet"
+    if not (x.dtype == weight.dtype == a.dtype == b.dtype and x.dtype in (torch.float32, torch.bfloat16)):
+        return f"no kernel for {x.dtype}"
+    if not extension.isa_at_least("avx2") or not torch.backends.mkldnn.is_available():
+        return "no AVX2"
+    if x.dtype == torch.bfloat16 and (not extension.isa_at_least("avx512_bf16") or any(size % 2 for size in (*weight.shape, a.shape[0]))):
+        return "bfloat16 needs AVX512-BF16 and even sizes"
+    return None if len(a) else "no ranks"
+
+
+choice.register(NAME, "frozen linear layer with its adapter, dropout drawn again", _fits)
+
+
+class _Setting(NamedTuple):
+    adapters: int
+    scale: float
+    mask: Dropout
+    group: dist.ProcessGroup | None
+    split: bool  # the tokens are split over the group
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    whole = x.new_empty(len(x) * group.size(), *x.shape[1:])
+    dist.all_gather(list(whole.chunk(group.size())), x.contiguous(), group=group)
+    return whole
+
+
+def _sum_of_gradients(grad_x: Tensor, setting: _Setting) -> tuple[Tensor, Any]:
+    """The sum over the group, or this rank's tokens of it, and a handle to wait for; under way while the factors' gradients are computed."""
+    group = setting.group
+    if group is None:
+        return grad_x, None
+    if not setting.split:
+        return grad_x, dist.all_reduce(grad_x, group=group, async_op=True)
+    own = grad_x.new_empty(len(grad_x) // group.size(), grad_x.shape[1])
+    return own, dist.reduce_scatter(own, list(grad_x.chunk(group.size())), group=group, async_op=True)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -42,45 +194,89 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: float,
-        dropout: tuple[float, int, int, int],
-        group: dist.ProcessGroup | None,
+        a: Tensor,
+        b: Tensor,
+        factor: Tensor | None,
+        ids: Tensor | None,
+        setting: _Setting,
     ) -> Tensor:
-        flat = widen(x.reshape(-1, x.shape[-1]))
-        wide_weight = widen(weight)
-        output = torch.mm(flat, wide_weight.t()) if bias is None else torch.addmm(widen(bias), flat, wide_weight.t())
-        mask = _mask_of(flat, dropout)
-        down = torch.mm(flat if mask is None else flat * mask, widen(lora_a).t())
-        output.addmm_(down, widen(lora_b).t(), alpha=scale)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, down)
-        ctx.scale, ctx.dropout, ctx.group = scale, dropout, group
-        ctx.needs_bias = bias is not None and bias.requires_grad
-        return output.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        flat = x if not setting.split or setting.group is None else _gather(x, setting.group)
+        layer = Adapted(weight, a, b, factor, ids, setting.adapters, setting.scale)
+        if choice.compiled(NAME, flat, weight, a, b):
+            output, low, inner = torch.ops.mswift.lora_linear(flat, weight, bias, *layer[1:], setting.mask)
+        else:
+            output, low, inner = _reference_forward(flat, bias, layer, setting.mask)
+        ctx.save_for_backward(x, weight, a, b, factor, ids, low, inner if ctx.needs_input_grad[5] else None)
+        ctx.setting, ctx.bias_dtype = setting, None if bias is None else bias.dtype
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, down = ctx.saved_tensors
-        flat, grad_output = widen(x.reshape(-1, x.shape[-1])), widen(grads[0].reshape(-1, weight.shape[0]))
-        mask = _mask_of(flat, ctx.dropout)
-        grad_down = torch.mm(grad_output, widen(lora_b)).mul_(ctx.scale)
-        grad_x, sent = None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad_output, widen(weight))
-            if mask is None:
-                grad_x.addmm_(grad_down, widen(lora_a))
-            else:
-                grad_x.addcmul_(torch.mm(grad_down, widen(lora_a)), mask)
-            grad_x = grad_x.to(x.dtype).view(x.shape)
-            if ctx.group is not None and ctx.group.size() > 1:
-                sent = dist.all_reduce(grad_x, group=ctx.group, async_op=True)  # under way while the adapter's gradients are computed
-        grad_b = torch.mm(grad_output.t(), down).mul_(ctx.scale).to(lora_b.dtype)
-        grad_a = torch.mm(grad_down.t(), flat if mask is None else flat * mask).to(lora_a.dtype)
-        grad_bias = grad_output.sum(0).to(grads[0].dtype) if ctx.needs_bias else None
+        x, weight, a, b, factor, ids, low, inner = ctx.saved_tensors
+        setting: _Setting = ctx.setting
+        layer, grad, mask = Adapted(weight, a, b, factor, ids, setting.adapters, setting.scale), grads[0].contiguous(), setting.mask
+        compiled = choice.compiled(NAME, grad, weight, a, b)
+        whole = x if not setting.split or setting.group is None else _gather(x, setting.group)
+        if compiled:
+            grad_x, grad_low = torch.ops.mswift.lora_linear_grad_input(grad, weight, *layer[1:], mask, ctx.needs_input_grad[0])
+        else:
+            grad_x, grad_low = _reference_grad_input(grad, layer, mask, ctx.needs_input_grad[0])
+        grad_x, sent = _sum_of_gradients(grad_x, setting) if ctx.needs_input_grad[0] else (None, None)
+        grad_a, grad_b, grad_factor = None, None, None
+        if any(ctx.needs_input_grad[3:6]):
+            inner = grad if inner is None else inner  # without it the factor's gradient is not wanted
+            compute = torch.ops.mswift.lora_linear_grad_factors if compiled else _reference_grad_factors
+            grad_a, grad_b, grad_factor = compute(grad, whole, low, grad_low, factor, inner, mask)
+        grad_bias = widen(grad).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         if sent is not None:
             sent.wait()
-        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
+        wanted = ctx.needs_input_grad
+        return grad_x, None, grad_bias, grad_a if wanted[3] else None, grad_b if wanted[4] else None, grad_factor if wanted[5] else None, None, None
+
+
+def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands in the dtype of a surrounding autocast region, if there is one."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return (x, *weights)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if part is None else part.to(dtype) for part in (x, *weights))
+
+
+def stack_targets(pairs: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Adapters (A ``[r_i, in]``, B ``[size_i, r_i]``) of the parts of one fused layer (q, k and v; gate and up) as one adapter of it.
+
+    `pairs` has None for a part that is not adapted. The As lie below each other and the Bs on a diagonal, so that the activation is read once.
+    """
+    known = [pair for pair in pairs if pair is not None]
+    ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
+    rows = []
+    for i, (pair, size) in enumerate(zip(pairs, sizes, strict=True)):
+        b = known[0][1].new_zeros(size, 0) if pair is None else pair[1]
+        if b.shape != (size, ranks[i]):
+            raise ValueError(f"pairs: got B {tuple(b.shape)} for part {i}, wanted [{size}, {ranks[i]}]")
+        rows.append(torch.nn.functional.pad(b, (sum(ranks[:i]), sum(ranks[i + 1 :]))))
+    return torch.cat([a for a, _ in known]), torch.cat(rows)
+
+
+def dropout_of(x: Tensor, p: float, seed: int, *, first_row: int = 0, first_column: int = 0, full_width: int | None = None) -> Tensor:
+    """`x` ``[..., columns]`` after the dropout of `lora_linear`; differentiable, nothing is stored. See there for the arguments."""
+    if p == 0.0:
+        return x
+    width = first_column + x.shape[-1] if full_width is None else full_width
+    return _Dropped.apply(x.reshape(-1, x.shape[-1]), Dropout.of(p, seed, first_row, first_column, width)).view(x.shape)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Dropout) -> Tensor:
+        ctx.mask = mask
+        if choice.compiled(NAME, x, x, x, x[:2]) and x.device.type == "cpu":
+            return torch.ops.mswift.lora_dropout(x, mask)
+        return _dropped(x, mask) * mask.factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Dropped.apply(grads[0], ctx.mask), None
 
 
 def lora_linear(
@@ -93,23 +289,71 @@ def lora_linear(
     scale: float,
     dropout_p: float = 0.0,
     seed: int = 0,
+    first_row: int = 0,
     first_column: int = 0,
     full_width: int | None = None,
+    factor: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
 ) -> Tensor:
-    """``x @ weight.T + bias + scale * (dropout(x) @ lora_a.T) @ lora_b.T``; `weight` is frozen and gets no gradient.
+    """``factor * (x @ weight.T + scale * (dropout(x) @ lora_a.T) @ lora_b.T) + bias``; `weight` is frozen and gets no gradient.
 
     Args:
-        x: ``[..., in]``. weight: ``[out, in]``. bias: ``[out]`` or None. lora_a: ``[rank, in]``. lora_b: ``[out, rank]``; one dtype for all.
+        x: ``[..., in]``. weight: ``[out, in]``. bias: ``[out]`` or None. lora_a: ``[rank, in]``. lora_b: ``[out, rank]``; one dtype for all. For a
+            fused layer whose parts have adapters of their own: those of `stack_targets`.
         scale: factor of the adapter. dropout_p: rate in [0, 1). seed: names the dropout mask.
-        first_column, full_width: where `x` lies in the whole activation if only some of its columns are here (row-parallel input);
-            columns at or beyond the full width are zeros (padded heads).
+        first_row, first_column, full_width: where `x` lies in the whole activation if only some of its rows or columns are here (row-parallel
+            input); columns at or beyond the full width are zeros (padded heads).
+        factor: fp32 ``[out]``, on each output before the bias (DoRA's magnitude over norm); differentiable.
+        adapter_ids: int64 ``[...]``, which of several adapters, lora_a ``[adapters, rank, in]`` and lora_b ``[adapters, out, rank]``, each token
+            has; -1: none.
         group: sum the gradient of `x` over these ranks, as a column-parallel layer needs it (each rank sees its part of the output).
+        sequence_parallel: each rank of `group` has its part of the tokens (along the first dim); they are gathered here, and again in the backward
+            pass instead of being kept. Ids are those of all tokens.
 
     Returns:
         ``[..., out]`` of the dtype of `x`. For a row-parallel layer this is a partial sum: the caller reduces it. The gradient of the factor
         that every rank holds whole (`lora_a` of a column-parallel layer, `lora_b` of a row-parallel one) is a partial sum as well; it is
         best reduced once a step, for all layers together.
+
+    Raises:
+        ValueError: arguments that do not fit together.
     """
-    dropout = (dropout_p, seed, first_column, x.shape[-1] if full_width is None else full_width)
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout, group)
+    group = group if group is not None and group.size() > 1 else None
+    shape = (x.shape[0] * (group.size() if group is not None and sequence_parallel else 1), *x.shape[1:-1])
+    adapters = 1
+    if adapter_ids is not None:
+        if lora_a.dim() != 3 or lora_b.dim() != 3 or adapter_ids.shape != shape:
+            raise ValueError(f"adapter_ids: got {tuple(adapter_ids.shape)}, wanted {tuple(shape)}, with lora_a and lora_b of three dimensions")
+        adapters = len(lora_a)
+        lora_a, lora_b = lora_a.flatten(0, 1), lora_b.transpose(0, 1).flatten(1)
+        adapter_ids = adapter_ids.reshape(-1)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, wanted at least 0 and less than 1")
+    width = first_column + x.shape[-1] if full_width is None else full_width
+    mask = Dropout.of(dropout_p, seed, first_row, first_column, width) if dropout_p > 0 else _NONE
+    setting = _Setting(adapters, scale, mask, group, sequence_parallel and group is not None)
+    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)  # type: ignore[assignment]
+    output = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, factor, adapter_ids, setting)
+    return output.view(*shape, weight.shape[0])
+
+
+@extension.when_loaded
+def _describe() -> None:
+    def forward(x: Tensor, weight: Tensor, _bias: Any, a: Tensor, _b: Any, factor: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        rows, out = len(x), weight.shape[0]
+        return x.new_empty(rows, out), x.new_empty(rows, a.shape[0]), x.new_empty(0 if factor is None else rows, out)
+
+    def grad_input(grad: Tensor, weight: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        wanted = rest[-1]
+        return grad.new_empty(len(grad) if wanted else 0, weight.shape[1]), grad.new_empty(len(grad), a.shape[0])
+
+    def grad_factors(grad: Tensor, x: Tensor, low: Tensor, _grad_low: Any, factor: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out, rank = grad.shape[1], low.shape[1]
+        return x.new_empty(rank, x.shape[1]), x.new_empty(out, rank), x.new_empty(0 if factor is None else out, dtype=torch.float32)
+
+    torch.library.register_fake("mswift::lora_linear", forward)
+    torch.library.register_fake("mswift::lora_linear_grad_input", grad_input)
+    torch.library.register_fake("mswift::lora_linear_grad_factors", grad_factors)
+    torch.library.register_fake("mswift::lora_dropout", lambda x, _dropout: x.new_empty(x.shape))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mswift.families.modules.layers import BlockedColumnParallelLinear, split_blocks
 from mswift.families.modules.mixture import BiasedExpertRowLinear
-from mswift.kernels.lora_linear import keep_mask, lora_linear
+from mswift.kernels.lora_linear import dropout_of, lora_linear
 from mswift.runtime.precision import widen
 from mswift.tuners.targets import ALL_LINEAR
 
@@ -244,11 +244,9 @@ class LoraLinear(Adapter):
         """`x` ``[s, b, in]`` -> (``[s, b, out]``, bias or None), as the wrapped layer."""
         base, alone = self.base_layer, self.base_layer.explicit_expert_comm
         if self.kind == "column":
-            if base.sequence_parallel and not alone:
-                x = gather_from_sequence_parallel_region(x, group=self.group)
             bias = None if base.skip_bias_add else base.bias
-            x_group = None if base.sequence_parallel or alone else self.group  # the gather's backward pass adds the parts
-            return self._product(x, bias, x_group), base.bias if base.skip_bias_add else None
+            output = self._product(x, bias, None if alone else self.group, gather=base.sequence_parallel and not alone)
+            return output, base.bias if base.skip_bias_add else None
         output = self._product(x, None, None)
         if not alone:
             reduce = reduce_scatter_to_sequence_parallel_region if base.sequence_parallel else reduce_from_tensor_model_parallel_region
@@ -259,25 +257,27 @@ class LoraLinear(Adapter):
             return output, base.bias
         return (output if base.bias is None else output + base.bias), None
 
-    def _product(self, x: Tensor, bias: Tensor | None, x_group: dist.ProcessGroup | None) -> Tensor:
-        """This rank's part of the output of the adapted layer. `x_group`: the gradient of `x` is summed over these ranks."""
-        first = x.shape[-1] * self.group.rank() if self.kind == "row" else 0
+    def _product(self, x: Tensor, bias: Tensor | None, x_group: dist.ProcessGroup | None, *, gather: bool = False) -> Tensor:
+        """This rank's part of the output of the adapted layer.
+
+        Args:
+            x_group: the gradient of `x` is summed over these ranks. gather: each of them has its part of the tokens, and gets that of the gradient.
+        """
         p, weight = self.dropout if self.training else 0.0, self.base_weight
-        if self.lora_magnitude is None:
-            columns: dict[str, Any] = {"first_column": first, "full_width": self.width} if self.kind == "row" else {}
-            common = {"scale": self.scale, "dropout_p": p, "seed": self.seed(), "group": x_group, **columns}
-            return lora_linear(x, weight, bias, self.lora_a, self.lora_b, **common)
-        if x_group is not None:
+        mask: dict[str, Any] = {"seed": self.seed()}
+        if self.kind == "row":
+            mask |= {"first_column": x.shape[-1] * self.group.rank(), "full_width": self.width}
+        factor = None if self.lora_magnitude is None else magnitude_factor(self.lora_magnitude, self.row_norms())
+        common: dict[str, Any] = {"scale": self.scale, "factor": factor}
+        if factor is None or p == 0.0:
+            ranks = {"group": x_group, "sequence_parallel": gather}
+            return lora_linear(x, weight, bias, self.lora_a, self.lora_b, dropout_p=p, **mask, **common, **ranks)
+        if gather:
+            x = gather_from_sequence_parallel_region(x, group=self.group)
+        elif x_group is not None:
             x = copy_to_tensor_model_parallel_region(x, group=x_group)
-        factor = magnitude_factor(self.lora_magnitude, self.row_norms())
-        if p == 0.0:
-            output = widen(lora_linear(x, weight, None, self.lora_a, self.lora_b, scale=self.scale)) * factor
-        else:  # as peft: what dropout takes away passes the base alone
-            flat = x.reshape(-1, x.shape[-1])
-            kept = flat * keep_mask((len(flat), self.width), (first, first + flat.shape[1]), p, self.seed(), flat)
-            adapted = widen(lora_linear(kept, weight, None, self.lora_a, self.lora_b, scale=self.scale)) * factor
-            output = (torch.mm(widen(flat - kept), widen(weight).t()) + adapted).view(*x.shape[:-1], -1)
-        return (output if bias is None else output + bias).to(x.dtype)
+        kept = dropout_of(x, p, **mask)  # as peft: what dropout takes away passes the base alone
+        return lora_linear(kept, weight, bias, self.lora_a, self.lora_b, **common) + nn.functional.linear(widen(x - kept), widen(weight)).to(x.dtype)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -317,8 +317,7 @@ class LoraHead(LoraLinear):
         """Hidden states ``[s, b, hidden + r]`` and a weight ``[rows here, hidden + r]`` whose product are the logits of the adapted head."""
         kept = hidden_states
         if self.training and self.dropout > 0:
-            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-            kept = (flat * keep_mask((len(flat), flat.shape[1]), (0, flat.shape[1]), self.dropout, self.seed(), flat)).view_as(hidden_states)
+            kept = dropout_of(hidden_states, self.dropout, self.seed())
         down = torch.matmul(widen(kept), widen(self.lora_a).t()).mul(self.scale).to(hidden_states.dtype)
         return torch.cat((hidden_states, down), dim=-1), torch.cat((weight, self.lora_b), dim=1)
 

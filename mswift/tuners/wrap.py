@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from mswift.families.modules import GroupedExperts, SharedExperts
-from mswift.kernels.lora_linear import keep_mask
+from mswift.kernels.lora_linear import dropout_of
 from mswift.runtime.precision import widen
 from mswift.tuners.experts import AdaptedExpertLayers
 from mswift.tuners.lora import Adapter, LoraHead, LoraLinear, LoraSettings
@@ -62,10 +62,9 @@ class _Scores(Adapter):
     def added(self, x: Tensor) -> Tensor:
         """``scale * B A`` times `x` ``[s here, b, in]``, fp32."""
         flat = x.reshape(-1, x.shape[-1])
-        if self.training and self.dropout > 0:  # drawn for the whole sequence, so that the mask does not depend on the layout
-            parts, part = (self.group.size(), self.group.rank()) if self.split_sequences else (1, 0)
-            whole = keep_mask((len(flat) * parts, flat.shape[1]), (0, flat.shape[1]), self.dropout, self.seed(), flat)
-            flat = flat * whole[part * len(flat) : (part + 1) * len(flat)]
+        if self.training and self.dropout > 0:
+            first = self.group.rank() * len(flat) if self.split_sequences else 0  # in the whole sequence: the mask does not depend on the layout
+            flat = dropout_of(flat, self.dropout, self.seed(), first_row=first)
         scores = (flat.float() @ self.lora_a.float().t()) @ self.lora_b.float().t()
         return (scores * self.scale).view(*x.shape[:-1], -1)
 
