@@ -21,6 +21,7 @@ from mswift.runtime.precision import widen
 NAME = "lora_linear"
 
 _WORD = 0xFFFFFFFF
+_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: it cannot be traced
 
 
 class Dropout(NamedTuple):
@@ -79,7 +80,7 @@ def keep_mask(shape: tuple[int, int], columns: tuple[int, int], p: float, seed: 
 
 def _dropped(x: Tensor, mask: Dropout) -> Tensor:
     """Zeros where elements are dropped; the factor of the rest is left to the sums."""
-    return x * _kept(*x.shape, mask, x.device) if mask.threshold else x  # type: ignore[arg-type]
+    return x * _kept(x.shape[0], x.shape[1], mask, x.device) if mask.threshold else x
 
 
 def _only_own(low: Tensor, ids: Tensor | None, adapters: int) -> Tensor:
@@ -152,7 +153,7 @@ def _fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> str | None:
         return f"no kernel for {x.device.type} yet"
     if not (x.dtype == weight.dtype == a.dtype == b.dtype and x.dtype in (torch.float32, torch.bfloat16)):
         return f"no kernel for {x.dtype}"
-    if not extension.isa_at_least("avx2") or not torch.backends.mkldnn.is_available():
+    if not (_ONEDNN and extension.isa_at_least("avx2")):
         return "no AVX2"
     if x.dtype == torch.bfloat16 and (not extension.isa_at_least("avx512_bf16") or any(size % 2 for size in (*weight.shape, a.shape[0]))):
         return "bfloat16 needs AVX512-BF16 and even sizes"

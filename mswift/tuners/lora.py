@@ -270,8 +270,8 @@ class LoraLinear(Adapter):
         factor = None if self.lora_magnitude is None else magnitude_factor(self.lora_magnitude, self.row_norms())
         common: dict[str, Any] = {"scale": self.scale, "factor": factor}
         if factor is None or p == 0.0:
-            ranks = {"group": x_group, "sequence_parallel": gather}
-            return lora_linear(x, weight, bias, self.lora_a, self.lora_b, dropout_p=p, **mask, **common, **ranks)
+            common |= {"dropout_p": p, "group": x_group, "sequence_parallel": gather, **mask}
+            return lora_linear(x, weight, bias, self.lora_a, self.lora_b, **common)
         if gather:
             x = gather_from_sequence_parallel_region(x, group=self.group)
         elif x_group is not None:
