@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mswift.kernels import choice, extension
+from mswift.kernels import choice, cuda_operators, extension
+from mswift.kernels.dropout import kept, threshold_of
 from mswift.runtime.precision import widen
 
 NAME = "lora_linear"
 
-_WORD = 0xFFFFFFFF
 _ONEDNN = torch.backends.mkldnn.is_available()  # asked once: it cannot be traced
 
 
@@ -36,7 +36,7 @@ class Dropout(NamedTuple):
     @classmethod
     def of(cls, p: float, seed: int, row: int, column: int, width: int) -> Dropout:
         """The mask of a rate `p`, which is rounded to a multiple of 1/256; the scale is that of the rate in use."""
-        return cls(max(1, min(255, round(p * 256))) if p > 0 else 0, seed, row, column, width)
+        return cls(threshold_of(p), seed, row, column, width)
 
     @property
     def factor(self) -> float:
@@ -50,23 +50,10 @@ _NONE = Dropout(0, 0, 0, 0, 0)
 # ---- plain torch ---------------------------------------------------------------------------------------------------------------------
 
 
-def _mix(h: Tensor) -> Tensor:
-    h = (h ^ (h >> 16)) * 0x7FEB352D & _WORD
-    h = (h ^ (h >> 15)) * 0x846CA68B & _WORD
-    return h ^ (h >> 16)
-
-
 def _kept(rows: int, columns: int, mask: Dropout, device: torch.device) -> Tensor:
-    """bool ``[rows, columns]``: csrc/common/dropout.h, in int64."""
-    first = mask.column // 4
-    quads = torch.arange(first, (mask.column + columns + 3) // 4, device=device)
-    row = torch.arange(mask.row, mask.row + rows, device=device)
-    column_hash = _mix((mask.seed & _WORD) + quads * 0x9E3779B1 & _WORD)
-    row_term = (row & _WORD) * 0x85EBCA77 + (row >> 32) * 0xC2B2AE3D + (mask.seed >> 32)
-    hashes = _mix(column_hash + row_term[:, None] & _WORD)
-    draws = torch.stack([hashes >> shift & 255 for shift in (0, 8, 16, 24)], -1).flatten(1)[:, mask.column - 4 * first :][:, :columns]
-    here = torch.arange(mask.column, mask.column + columns, device=device) < mask.width
-    return (draws >= mask.threshold) & here
+    """bool ``[rows, columns]``."""
+    numbers = torch.arange(mask.row, mask.row + rows, device=device)
+    return kept(torch.full_like(numbers, mask.seed), numbers, (mask.column, mask.column + columns), mask.width, mask.threshold)
 
 
 def keep_mask(shape: tuple[int, int], columns: tuple[int, int], p: float, seed: int, like: Tensor, *, first_row: int = 0) -> Tensor:
@@ -135,12 +122,12 @@ def _reference_grad_factors(
     wide = widen(grad)
     grad_a = torch.mm(widen(grad_low).t(), _dropped(widen(x), mask)).mul_(mask.factor).to(x.dtype)
     if factor is None:
-        return grad_a, torch.mm(wide.t(), widen(low)).to(x.dtype), factor_like(x, 0)
+        return grad_a, torch.mm(wide.t(), widen(low)).to(x.dtype), _factors(x, 0)
     grad_factor = (grad.float() * inner.float() if grad.dtype != torch.float64 else grad * inner).sum(0)
     return grad_a, (torch.mm(wide.t(), widen(low)) * factor[:, None]).to(x.dtype), grad_factor
 
 
-def factor_like(x: Tensor, count: int) -> Tensor:
+def _factors(x: Tensor, count: int) -> Tensor:
     """Room for DoRA's factors: fp32, or fp64 for an fp64 activation."""
     return x.new_empty(count, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -148,19 +135,24 @@ def factor_like(x: Tensor, count: int) -> Tensor:
 # ---- either --------------------------------------------------------------------------------------------------------------------------
 
 
-def _fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> str | None:
+def _fits(x: Tensor, *weights: Tensor) -> str | None:
+    """Of `x`, weight, a and b, or of `x` alone for its dropout."""
+    if x.device.type == "cuda":
+        return cuda_operators.hindrance(x, *weights, dtypes=(torch.bfloat16,))
     if x.device.type not in ("cpu", "meta"):
         return f"no kernel for {x.device.type} yet"
-    if not (x.dtype == weight.dtype == a.dtype == b.dtype and x.dtype in (torch.float32, torch.bfloat16)):
+    if x.dtype not in (torch.float32, torch.bfloat16) or any(weight.dtype != x.dtype for weight in weights):
         return f"no kernel for {x.dtype}"
     if not (_ONEDNN and extension.isa_at_least("avx2")):
         return "no AVX2"
-    if x.dtype == torch.bfloat16 and (not extension.isa_at_least("avx512_bf16") or any(size % 2 for size in (*weight.shape, a.shape[0]))):
-        return "bfloat16 needs AVX512-BF16 and even sizes"
-    return None if len(a) else "no ranks"
+    if x.dtype == torch.bfloat16 and weights:
+        even = all(size % 2 == 0 for size in (*weights[0].shape, weights[1].shape[0]))
+        if not (even and extension.isa_at_least("avx512_bf16")):
+            return "bfloat16 needs AVX512-BF16 and even sizes"
+    return "no ranks" if weights and not len(weights[1]) else None
 
 
-choice.register(NAME, "frozen linear layer with its adapter, dropout drawn again", _fits)
+choice.register(NAME, "frozen linear layer with its adapter, dropout drawn again", _fits, on_cuda=True)
 
 
 class _Setting(NamedTuple):
@@ -271,7 +263,7 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Dropout) -> Tensor:
         ctx.mask = mask
-        if choice.compiled(NAME, x, x, x, x[:2]) and x.device.type == "cpu":
+        if choice.compiled(NAME, x):
             return torch.ops.mswift.lora_dropout(x, mask)
         return _dropped(x, mask) * mask.factor
 
