@@ -29,8 +29,8 @@ BLOCK = 4096
 # ---- linear + cross entropy ----------------------------------------------------------------------------------------------------------
 
 
-def head(shape: tuple[int, int, int], trained: bool, labelled: float, compiled: bool) -> Methods:
-    """Forward and backward of the loss of a head, bf16."""
+def head(shape: tuple[int, int, int], trained: bool, labelled: float, compiled: bool, dtype: str = "bfloat16") -> Methods:
+    """Forward and backward of the loss of a head."""
     import torch
     from torch import nn
 
@@ -38,8 +38,9 @@ def head(shape: tuple[int, int, int], trained: bool, labelled: float, compiled: 
 
     tokens, width, vocab = shape
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, width, generator=generator).bfloat16().requires_grad_()
-    weight = torch.randn(vocab, width, generator=generator).mul_(0.03).bfloat16().requires_grad_(trained)
+    kind = getattr(torch, dtype)
+    hidden = torch.randn(tokens, width, generator=generator).to(kind).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).mul_(0.03).to(kind).requires_grad_(trained)
     labels = torch.randint(vocab, (tokens,), generator=generator)
     labels[torch.rand(tokens, generator=generator) >= labelled] = -100
 
@@ -78,19 +79,43 @@ def head(shape: tuple[int, int, int], trained: bool, labelled: float, compiled: 
 # ---- LoRA ----------------------------------------------------------------------------------------------------------------------------
 
 
-def lora(into: int, out: int, rank: int, dropout: float) -> Methods:
-    """Forward and backward of a frozen linear layer with an adapter, 1024 tokens, bf16; the limit is the layer without the adapter."""
+def addmm(x: Any, weight: Any, lora_a: Any, lora_b: Any, scale: float, dropout: float) -> Any:
+    """The adapter in plain torch, added in place to the products of the layer; the mask is stored."""
+    import torch
+
+    class Adapted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, lora_a: Any, lora_b: Any) -> Any:
+            ctx.mask = torch.nn.functional.dropout(torch.ones_like(x), dropout) if dropout else None
+            low = (x if ctx.mask is None else x * ctx.mask) @ lora_a.t()
+            ctx.save_for_backward(x, lora_a, lora_b, low)
+            return (x @ weight.t()).addmm_(low, lora_b.t(), alpha=scale)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            x, lora_a, lora_b, low = ctx.saved_tensors
+            (grad,), mask = grads, ctx.mask
+            grad_low = (grad @ lora_b).mul_(scale)
+            grad_x = grad @ weight
+            grad_x = grad_x.addmm_(grad_low, lora_a) if mask is None else grad_x.addcmul_(grad_low @ lora_a, mask)
+            return grad_x, grad_low.t() @ (x if mask is None else x * mask), (grad.t() @ low).mul_(scale)
+
+    return Adapted.apply(x, lora_a, lora_b)
+
+
+def lora(into: int, out: int, rank: int, dropout: float, dtype: str = "bfloat16") -> Methods:
+    """Forward and backward of a frozen linear layer with an adapter, 1024 tokens; the limit is the layer without the adapter."""
     import torch
     from torch import nn
 
     from mswift.kernels.lora_linear import lora_linear
 
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1024, into, generator=generator).bfloat16().requires_grad_()
-    upstream = torch.randn(1024, out, generator=generator).bfloat16()
-    weight = torch.randn(out, into, generator=generator).mul_(into**-0.5).bfloat16()
-    lora_a = torch.randn(rank, into, generator=generator).mul_(into**-0.5).bfloat16().requires_grad_()
-    lora_b = torch.randn(out, rank, generator=generator).bfloat16().requires_grad_()
+    generator, kind = torch.Generator().manual_seed(0), getattr(torch, dtype)
+    x = torch.randn(1024, into, generator=generator).to(kind).requires_grad_()
+    upstream = torch.randn(1024, out, generator=generator).to(kind)
+    weight = torch.randn(out, into, generator=generator).mul_(into**-0.5).to(kind)
+    lora_a = torch.randn(rank, into, generator=generator).mul_(into**-0.5).to(kind).requires_grad_()
+    lora_b = torch.randn(out, rank, generator=generator).to(kind).requires_grad_()
 
     def step(function: Callable[..., Any]) -> None:
         x.grad = lora_a.grad = lora_b.grad = None
@@ -99,14 +124,15 @@ def lora(into: int, out: int, rank: int, dropout: float) -> Methods:
     methods: Methods = {
         "ours": partial(step, lambda: lora_linear(x, weight, None, lora_a, lora_b, scale=2.0, dropout_p=dropout, seed=1)),
         "limit": partial(step, lambda: x @ weight.t()),
+        "addmm_": partial(step, lambda: addmm(x, weight, lora_a, lora_b, 2.0, dropout)),
     }
     try:
         import peft
     except ImportError:
         return methods
-    base = nn.ModuleDict({"layer": nn.Linear(into, out, bias=False, dtype=torch.bfloat16)})
+    base = nn.ModuleDict({"layer": nn.Linear(into, out, bias=False, dtype=kind)})
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=["layer"])
-    layer = peft.get_peft_model(base, config).base_model.model["layer"].to(torch.bfloat16).train()
+    layer = peft.get_peft_model(base, config).base_model.model["layer"].to(kind).train()
     methods["PEFT"] = partial(step, lambda: layer(x))
     return methods
 
@@ -235,6 +261,11 @@ def cases(compiled: bool) -> Iterator[tuple[str, Callable[[], Methods]]]:
         for packed in (False, True):
             yield f"attention/{'8x128' if packed else '2x512'}/{dtype}", partial(attention, dtype, packed, compiled)
     yield from kernels_experts.cases(compiled)
+    for kind, trained in (("frozen", False), ("trained", True)):
+        yield f"fp32/head/small/{kind}", partial(head, SMALL, trained, 1.0, compiled, "float32")
+    for into, out in ((576, 1536), (2048, 8192)):
+        for dropout in (0.0, 0.1):
+            yield f"fp32/lora/{into}x{out}/r16/dropout{dropout}", partial(lora, into, out, 16, dropout, "float32")
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------------------

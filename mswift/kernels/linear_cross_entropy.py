@@ -9,7 +9,49 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mswift.kernels.linear_log_probs import IGNORE, autocast, check, rows_here, score, spread_out
-from mswift.kernels.linear_softmax import Limits
+from mswift.kernels.linear_softmax import Limits, capped_logits, chunk_rows
+from mswift.runtime.precision import widen
+
+
+class _MeanCappedLogit(torch.autograd.Function):
+    """The mean of each token's capped logits over the whole vocabulary, in chunks of tokens; they are computed again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int, group: Any, reduce_grad: bool) -> Tensor:
+        wide, short = widen(weight)[: limits.valid], None if bias is None else bias[: limits.valid]
+        means = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        step = chunk_rows(weight.shape[0])
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            means[rows] = capped_logits(hidden[rows], wide, short, limits).sum(-1).div_(vocab)
+        if group is not None:
+            dist.all_reduce(means, group=group)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.rest = (limits, vocab, group, reduce_grad)
+        return means
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        limits, vocab, group, reduce_grad = ctx.rest
+        wide, short = widen(weight)[: limits.valid], None if bias is None else bias[: limits.valid]
+        sizes = (hidden.shape, weight.shape, weight.shape[:1])
+        sums = [torch.zeros(size, device=hidden.device) if wanted else None for size, wanted in zip(sizes, ctx.needs_input_grad)]
+        step = chunk_rows(weight.shape[0])
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            logits = capped_logits(hidden[rows], wide, short, limits)
+            gradient = logits.div_(limits.cap).square_().neg_().add_(1.0).mul_(grads[0][rows, None] * (limits.scale / vocab))
+            if sums[2] is not None:
+                sums[2][: limits.valid] += gradient.sum(0)
+            gradient = gradient.to(wide.dtype)
+            if sums[0] is not None:
+                sums[0][rows] = (gradient @ wide).float()
+            if sums[1] is not None:
+                sums[1][: limits.valid] += gradient.t() @ hidden[rows].to(wide.dtype)
+        if sums[0] is not None and group is not None and reduce_grad:
+            dist.all_reduce(sums[0], group=group)
+        return *(None if part is None or to is None else part.to(to.dtype) for part, to in zip(sums, (hidden, weight, bias))), None, None, None, None
 
 
 class _MeanLogit(torch.autograd.Function):
@@ -70,7 +112,8 @@ def linear_cross_entropy(
 
     Args:
         token_weights: ``[...]``, a factor on each token's loss, not differentiated; a token of weight zero costs nothing.
-        label_smoothing: share of the target that is spread evenly over the vocabulary (torch's definition); not together with `softcap`.
+        label_smoothing: share of the target that is spread evenly over the vocabulary (torch's definition).
+            With a `softcap` it costs the products once more.
         z_loss: factor of the squared log-sum-exp that is added to the loss (PaLM, equation in section 5).
         hidden_states, weight, labels, bias, ignore_index, vocab_size, softcap, logit_scale, group, reduce_grad: as for `linear_log_probs`.
 
@@ -78,13 +121,11 @@ def linear_cross_entropy(
         fp32 ``[...]``; zero where a token is ignored. The caller sums and divides.
 
     Raises:
-        ValueError: shapes or types that do not fit together, or smoothing of capped logits.
+        ValueError: shapes or types that do not fit together.
     """
     check(hidden_states, weight, labels, bias, softcap)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, wanted at least 0 and less than 1")
-    if label_smoothing and softcap is not None:
-        raise ValueError("label_smoothing: wanted 0 with a softcap; no model is trained with both")
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"token_weights: got {tuple(token_weights.shape)}, wanted {tuple(labels.shape)}, one for each label")
     group = group if group is not None and group.size() > 1 else None
@@ -102,7 +143,7 @@ def linear_cross_entropy(
     losses = -log_probs
     if label_smoothing:
         vocab = vocab_size or weight.shape[0] * (1 if group is None else group.size())
-        even = lse - _MeanLogit.apply(hidden, weight, bias, limits, vocab, group, reduce_grad)
+        even = lse - (_MeanLogit if softcap is None else _MeanCappedLogit).apply(hidden, weight, bias, limits, vocab, group, reduce_grad)
         losses = (1.0 - label_smoothing) * losses + label_smoothing * even
     if z_loss:
         losses = losses + z_loss * lse.square()

@@ -71,11 +71,13 @@ choice.register(NAME, "loss of a linear head without its logits", _fits, on_cuda
 # ---- plain torch ---------------------------------------------------------------------------------------------------------------------
 
 
-def _chunk_rows(vocab: int) -> int:
+def chunk_rows(vocab: int) -> int:
+    """Tokens whose logits are computed at a time in plain torch."""
     return max(16, _CHUNK_BYTES // (4 * max(1, vocab)))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits) -> Tensor:
+def capped_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits) -> Tensor:
+    """fp32 logits of some tokens, scaled and capped."""
     logits = (hidden.to(weight.dtype) @ weight.t()).float()
     if bias is not None:
         logits.add_(bias.float())
@@ -97,10 +99,10 @@ def _reference_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, l
     if not limits.valid:
         numbers[0], numbers[1:3], numbers[3] = _LOWEST, 0.0, -torch.inf
         return _named(numbers, mean, mean2)
-    step = _chunk_rows(weight.shape[0])
+    step = chunk_rows(weight.shape[0])
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
-        logits = _logits(hidden[rows], wide, bias, limits)
+        logits = capped_logits(hidden[rows], wide, bias, limits)
         target = labels[rows].masked_fill(~here[rows], 0)[:, None]
         label = logits.gather(1, target).masked_fill_(~here[rows][:, None], -torch.inf)
         slope = _slope(logits, limits.cap) if gradient else None
@@ -123,11 +125,11 @@ def _reference_weight_gradient(
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     grad_bias = torch.zeros(weight.shape[0] if bias is not None else 0, device=hidden.device)
     here = (labels >= 0) & (labels < limits.valid)
-    step = _chunk_rows(weight.shape[0])
+    step = chunk_rows(weight.shape[0])
     for start in range(0, len(labels) if limits.valid else 0, step):
         rows = slice(start, start + step)
         lse, a, b, g = (part[rows][:, None] for part in factors)
-        logits = _logits(hidden[rows], wide, short, limits)
+        logits = capped_logits(hidden[rows], wide, short, limits)
         slope = _slope(logits, limits.cap)
         gradient = (logits - lse).exp_().mul_(a - b * logits)
         gradient.scatter_add_(1, labels[rows].masked_fill(~here[rows], 0)[:, None], g * here[rows][:, None])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mswift.kernels import linear_kl as module
 from mswift.kernels.linear_kl import linear_kl
+from tests.distributed.harness import run_distributed
 
 
 def inputs(tokens: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,3 +96,48 @@ def test_wrong_arguments_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             linear_kl(hidden, weight, **kwargs)
+
+
+KINDS = [(kind, top_k) for kind in ("forward", "reverse", "jsd") for top_k in (None, 1, 5)]
+
+
+def _operands(vocab: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Heads of `rows` rows, of which `vocab` are no padding."""
+    hidden, weight, other, other_weight = inputs(13, vocab, seed=2)
+    weight, other_weight = (torch.nn.functional.pad(part[:vocab], (0, 0, 0, rows - vocab), value=3.0) for part in (weight, other_weight))
+    return hidden, weight, other, other_weight
+
+
+def _ranks(rank: int, world: int, vocab: int, rows: int, from_logits: bool, reduce_grad: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    import torch.distributed as dist
+
+    hidden, weight, other, other_weight = _operands(vocab, rows)
+    weight, other_weight = (part.chunk(world)[rank].contiguous() for part in (weight, other_weight))
+    teacher: dict[str, Any] = (
+        {"teacher_logits": other @ other_weight.t()} if from_logits else {"teacher_hidden": other, "teacher_weight": other_weight}
+    )
+    results = []
+    for kind, top_k in KINDS:
+        leaves = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+        options: Any = {"kind": kind, "beta": 0.3, "temperature": 1.7, "top_k": top_k, "vocab_size": vocab, "reduce_grad": reduce_grad}
+        found = linear_kl(*leaves, **teacher, **options, group=dist.group.WORLD)
+        results.append((found.detach(), *torch.autograd.grad(found, leaves, torch.linspace(-1, 2, len(found)))))
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("vocab", "rows"), [(31, 32), (9, 16)], ids=["some padding", "a rank of padding"])
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_ranks_that_share_the_vocabulary(world: int, vocab: int, rows: int, from_logits: bool) -> None:
+    ranks = run_distributed(_ranks, world, vocab, rows, from_logits, not from_logits)
+    hidden, weight, other, other_weight = (part.double() for part in _operands(vocab, rows))
+    for i, (kind, top_k) in enumerate(KINDS):
+        leaves = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+        expected = reference((leaves[0] @ leaves[1].t())[:, :vocab], (other @ other_weight.t())[:, :vocab], kind, 0.3, 1.7, top_k)
+        truth = torch.autograd.grad(expected, leaves, torch.linspace(-1, 2, 13, dtype=torch.float64))
+        parts = [found[i] for found in ranks]
+        to_hidden = parts[0][1] if not from_logits else torch.stack([part[1] for part in parts]).sum(0)
+        assert all(torch.equal(part[0], parts[0][0]) for part in parts), "ranks disagree"
+        torch.testing.assert_close(parts[0][0].double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(to_hidden.double(), truth[0], atol=3e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat([part[2] for part in parts]).double(), truth[1], atol=3e-5, rtol=1e-5)
