@@ -21,6 +21,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "lora_dropout": cuda_lora.drop,
     "grouped_product": cuda_grouped.product,
     "grouped_outer": cuda_grouped.outer,
+    "quantised_product": cuda_lora.quantised_product,
     "gather_rows": cuda_rows.gather,
     "combine_rows": cuda_rows.combine,
     "combine_rows_backward": cuda_rows.combine_backward,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, extension
+from mswift.kernels import choice, cuda_operators, extension
 from mswift.kernels.dropout import factor_of, threshold_of
 from mswift.kernels.grouped_linear import Mask, Product, outer
 from mswift.runtime.precision import widen
@@ -102,14 +102,16 @@ def quantise_int8(weight: Tensor) -> QuantisedWeight:
 
 
 def _fits(x: Tensor, codes: Tensor) -> str | None:
+    if x.device.type == "cuda":
+        return cuda_operators.hindrance(x, dtypes=(torch.bfloat16,))
     if x.device.type != "cpu":
-        return "written for the CPU"
+        return f"no kernel for {x.device.type}"
     if x.dtype != torch.bfloat16:
         return "takes bfloat16"
     return None if extension.isa_at_least("avx512_bf16") else "needs avx512_bf16"
 
 
-choice.register(NAME, "products with nf4 and int8 weights, dequantised on the way", _fits)
+choice.register(NAME, "products with nf4 and int8 weights, dequantised on the way", _fits, on_cuda=True)
 
 
 def _strips(weight: QuantisedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

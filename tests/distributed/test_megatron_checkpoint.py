@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,18 +116,26 @@ def test_megatron_core_reads_it_by_itself(models: dict[str, Path], tmp_path: Pat
 
 
 def killed(rank: int, world: int, run: Run, target: Path, form: str, after: int) -> None:
-    """A conversion whose process is killed at the `after`th tensor."""
+    """A conversion whose process is killed at the `after`th tensor, once what was given away to be written before is written."""
     import os
 
-    calls = 0
+    calls, deadline = 0, time.monotonic() + 30
 
     def count() -> None:
         nonlocal calls
         calls += 1
+        while calls == after and len(finished(target, form)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
         if calls == after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     convert(run, world, target, form, count, resume=False)
+
+
+def finished(target: Path, form: str) -> list[Path]:
+    """What a conversion to `target` that is not at its end has finished."""
+    draft = target.with_name(f".{target.name}.partial")
+    return list(draft.rglob(".*_done")) if form == "mcore" else list(draft.glob("*.safetensors"))
 
 
 def convert(run: Run, world: int, target: Path, form: str, before: Any, *, resume: bool) -> int:
@@ -158,8 +167,7 @@ def test_a_killed_conversion_goes_on_where_it_was(form: str, models: dict[str, P
         run_distributed(killed, 1, Run(source), target, form, 14)
     assert not target.exists()
     draft = tmp_path / ".out.partial"
-    notes = list(draft.rglob(".*_done")) if form == "mcore" else list(draft.glob("*.safetensors"))
-    stamps = {path: path.stat().st_mtime_ns for path in notes}
+    stamps = {path: path.stat().st_mtime_ns for path in finished(target, form)}
     assert len(stamps) >= 2
     tensors = len(run_distributed(names_of, 1, Run(source))[0])
     reused, read = run_distributed(resumed, 1, Run(source), target, form)[0]

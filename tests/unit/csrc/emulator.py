@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,21 @@ def build(*, sanitize: bool = False) -> Path:
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another process may be building the same
+        partial = Path(scratch) / library.name
 
-    def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        command = [shutil.which("g++") or "c++", *flags, "-c", "-x", "c++", str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{source.name}: {done.stderr}"
-        assert "warning" not in done.stderr, done.stderr
-        return target
+        def compile_one(source: Path) -> Path:
+            target = Path(scratch) / f"{source.stem}.o"
+            command = [shutil.which("g++") or "c++", *flags, "-c", "-x", "c++", str(source), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{source.name}: {done.stderr}"
+            assert "warning" not in done.stderr, done.stderr
+            return target
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*SOURCES, ROOT / "csrc" / "emu" / "emu.cpp"]))
-    partial = folder / "partial.so"
-    subprocess.run([shutil.which("g++") or "c++", *flags, "-shared", *map(str, objects), "-o", str(partial)], check=True)
-    partial.rename(library)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, [*SOURCES, ROOT / "csrc" / "emu" / "emu.cpp"]))
+        subprocess.run([shutil.which("g++") or "c++", *flags, "-shared", *map(str, objects), "-o", str(partial)], check=True)
+        partial.rename(library)
     return library
 
 

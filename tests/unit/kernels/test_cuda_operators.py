@@ -14,7 +14,9 @@ from mswift.kernels import choice, cuda, cuda_operators, extension
 from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate
 from mswift.kernels.grouped_linear import grouped_linear, lora_grouped_linear
 from mswift.kernels.linear_log_probs import linear_log_probs
+from mswift.kernels.lora_linear import lora_linear
 from mswift.kernels.permute import permute, unpermute
+from mswift.kernels.quantised_linear import QuantisedWeight, quantise_int8, quantise_nf4, quantised_linear
 from tests.unit.kernels.emulated import Emulated, on_cpu, relative
 
 pytestmark = pytest.mark.skipif(not extension.isa_at_least("avx2"), reason="the operators are not built, or their faces would not take them here")
@@ -147,6 +149,32 @@ def test_a_linear_layer_with_adapters(emulated: Emulated, dora: bool, adapters: 
     assert grads[2].shape == (outside if dora else 0,)
     assert torch.equal(again, grad_low)
     assert nothing.shape == (0, inside)
+
+
+@pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="the face would not take bfloat16 here")
+@pytest.mark.parametrize("quantise", [quantise_nf4, quantise_int8])
+def test_quantised_weights(emulated: Emulated, quantise: Callable[[Tensor], QuantisedWeight]) -> None:
+    weight = quantise(draw(40, 64, seed=3))
+    inputs = [draw(*shape, seed=i, dtype=BF16) for i, shape in enumerate(((9, 64), (40,), (6, 64), (40, 6)))]
+
+    def value(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return quantised_linear(x, weight, bias, a, b, scale=0.7, dropout_p=0.25, seed=5)
+
+    both(value, inputs, emulated, 6, 8e-3)
+
+
+@pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="the face would not take bfloat16 here")
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_face_of_a_linear_layer(emulated: Emulated, dropout: float) -> None:
+    weight, inputs = (
+        draw(40, 24, seed=3, dtype=BF16),
+        [draw(*shape, seed=i, dtype=BF16) for i, shape in enumerate(((9, 24), (40,), (6, 24), (40, 6)))],
+    )
+
+    def value(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x, weight, bias, a, b, scale=0.7, dropout_p=dropout, seed=5)
+
+    both(value, inputs, emulated, 6, 8e-3)
 
 
 @pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="the face would not take bfloat16 here")
