@@ -70,7 +70,11 @@ def test_resume_after_kill(extra: tuple[str, ...], tmp_path: Path) -> None:
     assert not list(broken.glob(".*"))
 
 
-@pytest.mark.parametrize(("extra", "before", "after"), [(tuple(PACKED), 1, 2)], ids=["packed-1-2"])
+@pytest.mark.parametrize(
+    ("extra", "before", "after"),
+    [(tuple(PACKED), 1, 2), ((*STREAMED, "--lora_dropout", "0"), 2, 1)],  # a dropout mask is of a place in the micro batch
+    ids=["packed-1-2", "streamed-2-1"],
+)
 def test_resume_after_kill_on_another_number_of_ranks(extra: tuple[str, ...], before: int, after: int, tmp_path: Path) -> None:
     """Every step has the rows that it would have had: its loss is that of the whole run but for the order of sums, and no other step's."""
     model, rows = make_checkpoint(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
