@@ -5,7 +5,6 @@ What is taken: which model and how (for an adapter), and the template. Never the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from mswift.config.aliases import RENAMED, VALUES
 from mswift.config.configs import TOLD_BESIDE, Config
+from mswift.config.json_object import read_json_object
 from mswift.errors import ConfigError
 
 ARGS_FILE = "args.json"
@@ -75,10 +75,4 @@ def _read_base_model(folder: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}; mend it, or give --load_args false") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object; mend it, or give --load_args false")
-    return content
+    return read_json_object(path, ConfigError, "mend it, or give --load_args false")

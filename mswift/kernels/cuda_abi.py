@@ -111,7 +111,7 @@ def splits_of(rows: int, tiles: int) -> int:
 
 
 def threshold_of(probability: float) -> int:
-    """The dropout rate in 256ths."""
+    """The dropout rate in 256ths; 0: nothing is dropped, and no other rate than 0 gives that."""
     return max(1, min(255, round(probability * 256))) if probability > 0 else 0
 
 

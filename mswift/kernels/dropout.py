@@ -1,6 +1,6 @@
 """The dropout mask of csrc/common/dropout.h in plain torch: a function of (seed, row, column), drawn again wherever it is needed.
 
-An element is kept if its eight bits are at least `threshold_of` the rate, and then multiplied by `factor_of` it.
+An element is kept if its eight bits are at least `threshold_of` the rate, and then multiplied by `factor_of` that.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mswift.kernels.cuda_abi import threshold_of
+
+__all__ = ["factor_of", "kept", "threshold_of"]
+
 _LOW = 0xFFFFFFFF
 
 
-def threshold_of(p: float) -> int:
-    """The rate in 1/256; 0: nothing is dropped, and no other rate than 0 gives that."""
-    return 0 if p <= 0 else max(1, min(255, round(p * 256)))
-
-
-def factor_of(p: float) -> float:
+def factor_of(threshold: int) -> float:
     """What keeps the mean."""
-    return 256.0 / (256 - threshold_of(p))
+    return 256.0 / (256 - threshold)
 
 
 def _mix(h: Tensor) -> Tensor:

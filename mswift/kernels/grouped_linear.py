@@ -237,7 +237,7 @@ def lora_grouped_linear(
             raise ValueError("seeds: got none, wanted int64 [experts] with a dropout rate above 0")
         mask = Mask(seeds, threshold_of(dropout_p), first_column, x.shape[-1] if full_width is None else full_width)
     lists = [_list(weights), _list(biases), _list(lora_a), _list(lora_b)]
-    return _apply(x, tokens_per_expert, lists, scale * (factor_of(dropout_p) if mask else 1.0), mask)
+    return _apply(x, tokens_per_expert, lists, scale * (factor_of(mask.threshold) if mask else 1.0), mask)
 
 
 @extension.when_loaded

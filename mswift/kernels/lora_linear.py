@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mswift.kernels import choice, cuda_operators, extension
-from mswift.kernels.dropout import kept, threshold_of
+from mswift.kernels.dropout import factor_of, kept, threshold_of
 from mswift.runtime.precision import widen
 
 NAME = "lora_linear"
@@ -41,7 +41,7 @@ class Dropout(NamedTuple):
     @property
     def factor(self) -> float:
         """Of what is kept."""
-        return 256.0 / (256 - self.threshold)
+        return factor_of(self.threshold)
 
 
 _NONE = Dropout(0, 0, 0, 0, 0)

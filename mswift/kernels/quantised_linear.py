@@ -218,7 +218,8 @@ def quantised_linear(
     mask = None
     if dropout_p > 0:
         width = x.shape[-1] if full_width is None else full_width
-        mask, scale = Mask(torch.tensor([seed], device=x.device), threshold_of(dropout_p), first_column, width), scale * factor_of(dropout_p)
+        mask = Mask(torch.tensor([seed], device=x.device), threshold_of(dropout_p), first_column, width)
+        scale *= factor_of(mask.threshold)
     return _QuantisedLinear.apply(rows.reshape(-1, x.shape[-1]), weight, *others, scale, mask).view(*x.shape[:-1], weight.shape[0])
 
 

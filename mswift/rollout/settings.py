@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mswift.config import GenerationSection
+from mswift.config.json_object import read_json_object
 from mswift.errors import ModelError
 from mswift.rollout.sampling import Sampling
 
@@ -82,12 +82,4 @@ def _first(*values: Any) -> Any:
 
 def _read_generation_config(directory: Path) -> dict[str, Any]:
     path = directory / GENERATION_CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {str(error).splitlines()[0]}; mend it or remove it") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object; mend it or remove it")
-    return content
+    return read_json_object(path, ModelError, "mend it or remove it") if path.is_file() else {}

@@ -107,15 +107,19 @@ _SIGNATURES = (
 )
 
 
+def _signatures(tools: Sequence[Tool]) -> str:
+    return _SIGNATURES.format("\n".join(map(_json, tools)))
+
+
 def _hermes_schemas(tools: Sequence[Tool]) -> str:
-    return _SIGNATURES.format("\n".join(map(_json, tools))) + (
+    return _signatures(tools) + (
         "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
         '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
     )
 
 
 def _hunyuan_schemas(tools: Sequence[Tool]) -> str:
-    return _SIGNATURES.format("\n".join(map(_json, tools))) + (
+    return _signatures(tools) + (
         "For function call returns, you should first print <tool_calls>For each function call, you should return object like:\n"
         "<tool_call>function_name\n```json\nfunction_arguments_in_json_format\n```</tool_call>"
         "At the end of function call returns, you should print </tool_calls>"
@@ -243,7 +247,7 @@ def _worded(words: _Words, form: str, text: str, line: str) -> Dialect:
 
 def _deepseek_schemas(tools: Sequence[Tool]) -> str:
     """As vLLM's template of DeepSeek-V3 with tools writes them."""
-    return _SIGNATURES.format("\n".join(map(_json, tools))) + (
+    return _signatures(tools) + (
         "For function call returns, you should first print <｜tool▁calls▁begin｜>For each function call, you should return object like:\n"
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜><function_name>\n```json\n<function_arguments_in_json_format>\n```<｜tool▁call▁end｜>"
         "At the end of function call returns, you should print <｜tool▁calls▁end｜><｜end▁of▁sentence｜>"

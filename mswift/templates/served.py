@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mswift.config.json_object import read_json_object
 from mswift.errors import ModelError
 from mswift.templates.chat import ChatTemplate
 
@@ -79,15 +80,7 @@ def _as_list(value: Any) -> Sequence[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {str(error).splitlines()[0]}; mend it, or download it again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object; mend it, or download it again")
-    return content
+    return read_json_object(path, ModelError, "mend it, or download it again") if path.is_file() else {}
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,11 +21,8 @@ DTYPES = [torch.float32] + [torch.bfloat16] * extension.isa_at_least("avx512_bf1
 
 
 @pytest.fixture(params=DTYPES, ids=str)
-def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    before = choice.selected()
-    choice.select("auto")
-    yield request.param
-    choice.select(before)
+def dtype(request: pytest.FixtureRequest, auto_kernels: None) -> torch.dtype:
+    return request.param
 
 
 def by_definition(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], window: int | None, chunk: int | None, sinks: Tensor | None) -> Tensor:

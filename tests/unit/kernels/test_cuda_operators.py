@@ -160,7 +160,7 @@ def test_quantised_weights(emulated: Emulated, quantise: Callable[[Tensor], Quan
     def value(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return quantised_linear(x, weight, bias, a, b, scale=0.7, dropout_p=0.25, seed=5)
 
-    both(value, inputs, emulated, 6, 8e-3)
+    both(value, inputs, emulated, 6, 8e-3)  # two forward: down to the ranks, the product; four back: to the ranks, the input, both factors
 
 
 @pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="the face would not take bfloat16 here")
@@ -174,7 +174,7 @@ def test_the_face_of_a_linear_layer(emulated: Emulated, dropout: float) -> None:
     def value(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return lora_linear(x, weight, bias, a, b, scale=0.7, dropout_p=dropout, seed=5)
 
-    both(value, inputs, emulated, 6, 8e-3)
+    both(value, inputs, emulated, 6, 8e-3)  # two forward: down to the ranks, the product; four back: to the ranks, the input, both factors
 
 
 @pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="the face would not take bfloat16 here")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,17 +13,12 @@ from torch import Tensor
 from mswift.kernels import choice, extension
 from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate
 
-pytestmark = pytest.mark.skipif(not extension.isa_at_least("avx2"), reason="the compiled kernels are not there, or the CPU has no AVX2")
+pytestmark = [
+    pytest.mark.usefixtures("auto_kernels"),
+    pytest.mark.skipif(not extension.isa_at_least("avx2"), reason="the compiled kernels are not there, or the CPU has no AVX2"),
+]
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
 GATES = {"silu": SILU, "gelu": GELU_TANH, "clamped": Gate(slope=1.702, limit=1.0, offset=1.0)}
-
-
-@pytest.fixture(autouse=True)
-def chosen() -> Iterator[None]:
-    before = choice.selected()
-    choice.select("auto")
-    yield
-    choice.select(before)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, extension
+from mswift.kernels import extension
 from mswift.kernels.elementwise import GELU_TANH, add_rms_norm, gated_activation, rms_norm, rotate
 from mswift.kernels.grouped_linear import lora_grouped_linear
 from mswift.kernels.linear_cross_entropy import linear_cross_entropy
@@ -26,13 +26,10 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    before = choice.selected()
-    choice.select("auto")
+def fresh(auto_kernels: None) -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    choice.select(before)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

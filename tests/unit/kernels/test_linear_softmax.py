@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from mswift.kernels import choice, extension
 from mswift.kernels.linear_softmax import NAME, Limits, statistics, weight_gradient
+from tests.unit.kernels.isa import passed_with
 
 CAN_BF16 = extension.available() and extension.isa() in ("avx512_bf16", "amx")
 needs_kernels = pytest.mark.skipif(not extension.available(), reason="the compiled kernels are not built")
@@ -199,15 +197,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 
 @needs_kernels
 def test_the_code_for_avx2_as_well() -> None:
-    """The same tests in a process that is told that the processor has nothing better."""
-    code = "from mswift.kernels import extension; import sys, pytest; assert extension.isa() == 'avx2'; sys.exit(pytest.main(sys.argv[1:]))"
-    chosen = [__file__, "-q", "-x", "-p", "no:cacheprovider", "-k", "fp32 or both_against or any_range or nan"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *chosen], env={**os.environ, "MSWIFT_ISA": "avx2"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert done.stdout.count(".") > 10, "they ran"
-    assert "F" not in done.stdout
+    assert passed_with("avx2", __file__, "fp32 or both_against or any_range or nan") > 10
 
 
 @needs_kernels

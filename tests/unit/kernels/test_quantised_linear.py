@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,8 @@ from mswift.kernels.quantised_linear import NF4, Nested, QuantisedWeight, quanti
 from tests.unit.csrc import product_cases
 
 SCALE, SEED = 1.7, 2**45 + 11
+pytestmark = pytest.mark.usefixtures("auto_kernels")
 needs_kernel = pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="the compiled kernels are not there, or the CPU has no bf16")
-
-
-@pytest.fixture(autouse=True)
-def chosen() -> Iterator[None]:
-    before = choice.selected()
-    choice.select("auto")
-    yield
-    choice.select(before)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
