@@ -37,10 +37,11 @@ def data(config: DataConfig) -> None:
     """Show the first rows of ``--dataset``: in the terminal, as a page, or as JSON lines.
 
     Raises:
-        MswiftError: anything that the user can put right; a row that the template refuses is shown with the reason.
+        MswiftError: anything that the user can put right; a row that the template refuses is shown with the reason, unless it refuses all of them.
     """
     from mswift.data.inspect import first_rows, inspect_rows, to_html, to_json
     from mswift.data.loading import ReadSettings
+    from mswift.data.rows import listed
 
     sessions.quiet_libraries()
     values = reading(config)
@@ -53,6 +54,9 @@ def data(config: DataConfig) -> None:
     tokenizer = load_tokenizer(find_model(config.model, weights=False), trust_remote_code=config.model.trust_remote_code)
     template = template_for(tokenizer, config.template)
     shown = inspect_rows(rows, template, config.data.max_length)
+    refused = [str(one) for one in shown if isinstance(one, DataError)]
+    if len(refused) == len(shown):
+        raise DataError(f"none of the {len(rows)} rows can be used: {listed(refused)}; mend them, or give another --template")
     if config.inspect.html:
         page = Path(config.inspect.html).expanduser()
         page.write_text(to_html(shown, f"{config.model.model}: {', '.join(config.data.dataset)}"), encoding="utf8")

@@ -18,7 +18,6 @@ CONVERSATION = {
 }
 QUESTION = ("prompt", "input", "instruction", "question", "problem")
 ANSWER = ("answer", "output", "targets", "target", "answer_key", "answers", "solution", "text", "completion", "content")
-PREFERENCE = {"rejected_response": ("rejected",)}
 KEPT = ("solution",)
 """Names that stay as columns even where they were mapped: reward functions read them."""
 

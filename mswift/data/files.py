@@ -5,6 +5,7 @@ The number of a row is its line for formats of lines (from 1), and the row itsel
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import importlib
@@ -12,7 +13,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 from mswift.data.specs import HINT, check_suffix, compression_of, suffix_of
 from mswift.errors import DataError, one_line
@@ -60,16 +61,35 @@ def read_file(path: str, on_bad: OnBad = stop) -> Iterator[RawRow]:
 
 
 @contextlib.contextmanager
-def open_bytes(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed."""
+def open_bytes(path: str) -> Iterator[io.BufferedReader[Any]]:
+    """The bytes of a file of text, decompressed.
+
+    Raises:
+        DataError: it begins as UTF-16 or UTF-32 does, so that none of its lines could be read.
+    """
     compression = compression_of(path)
     if compression is None:
         with open(path, "rb") as file:
+            _check_encoding(path, file.peek(4)[:4])
             yield file
     else:
         arrow = importlib.import_module("pyarrow")  # not before a file needs it: half a second
         with arrow.input_stream(path, compression=compression) as stream, io.BufferedReader(_Readable(stream), 1 << 20) as file:
+            _check_encoding(path, file.peek(4)[:4])
             yield file
+
+
+def _check_encoding(path: str, head: bytes) -> None:
+    zeros = [byte == 0 for byte in head[:4]]
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        name, at = "UTF-32", 0
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        name, at = "UTF-16", 0
+    elif zeros in ([False, True, False, True], [True, False, True, False]):
+        name, at = ("UTF-16BE", 0) if zeros[0] else ("UTF-16LE", 1)
+    else:
+        return
+    raise _not_utf8(path, 1, head[at], at, at, f"-f {name} ")
 
 
 class _Readable(io.RawIOBase):
@@ -146,12 +166,10 @@ def decode(raw: bytes, path: str, number: int, offset: int = 0) -> str:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         at = error.start + len(raw) - len(error.object)
-        byte = f"byte 0x{raw[at]:02x} at column {at + 1} (byte {offset + at} of the file)"
-        source = "-f UTF-16 " if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise DataError(f"{path}:{number}: not UTF-8: {byte}; convert the file with iconv {source}-t UTF-8") from error
+        raise _not_utf8(path, number, raw[at], at, offset + at) from error
 
 
-def _decoded(file: BinaryIO, path: str) -> Iterator[str]:
+def _decoded(file: io.BufferedReader[Any], path: str) -> Iterator[str]:
     offset = 0
     for number, raw in enumerate(file, start=1):
         yield decode(raw, path, number, offset)
@@ -266,6 +284,11 @@ def open_arrow(path: str) -> Any:
             return arrow.ipc.open_stream(mapped).read_all()
     except arrow.ArrowException as error:
         raise DataError(f"{path}: not arrow, or damaged: {one_line(error)}; copy it again") from error
+
+
+def _not_utf8(path: str, line: int, byte: int, column: int, at: int, source: str = "") -> DataError:
+    found = f"byte 0x{byte:02x} at column {column + 1} (byte {at} of the file)"
+    return DataError(f"{path}:{line}: not UTF-8: {found}; convert the file with iconv {source}-t UTF-8")
 
 
 def _not_json(path: str, line: int, what: str) -> DataError:

@@ -6,12 +6,13 @@ import html
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.text import Text
 
 from mswift.data.encoding import to_conversation
 from mswift.data.loading import ReadSettings, read_part
+from mswift.data.pairs import SIDES, both
 from mswift.data.registry import resolve
 from mswift.data.rows import Recognised, Row
 from mswift.errors import DataError
@@ -28,6 +29,7 @@ class Shown:
     Args:
         source, row: its place (the number of the line, from 1). part, parts: which of the training rows that were made of it.
         encoded: ids and weights. pieces: the text of every token; joined they are the text. note: what training would do with it, or "".
+        side: ``chosen`` or ``rejected`` of a preference row, else "".
     """
 
     source: str
@@ -37,13 +39,15 @@ class Shown:
     encoded: Encoded
     pieces: tuple[str, ...]
     note: str = ""
+    side: str = ""
 
     @property
     def title(self) -> str:
-        """Such as ``a.jsonl:3, part 1 of 2: 57 tokens, 12 trained``."""
+        """Such as ``a.jsonl:3, part 1 of 2: 57 tokens, 12 trained``, or ``a.jsonl:4, rejected: ...``."""
         trained = sum(weight > 0 for weight in self.encoded.weights[1:])
         part = f", part {self.part} of {self.parts}" if self.parts > 1 else ""
-        return f"{self.source}:{self.row}{part}: {len(self.encoded)} tokens, {trained} trained{f' ({self.note})' if self.note else ''}"
+        side = f", {self.side}" if self.side else ""
+        return f"{self.source}:{self.row}{side}{part}: {len(self.encoded)} tokens, {trained} trained{f' ({self.note})' if self.note else ''}"
 
     def runs(self) -> Iterator[tuple[float, list[int]]]:
         """Stretches of equal weight: the weight, and the positions of the tokens."""
@@ -54,9 +58,12 @@ class Shown:
 def first_rows(specs: Sequence[str], settings: ReadSettings, count: int) -> tuple[list[Row], list[str]]:
     """The first rows of every source, `count` together, and what was recognised of each in a line; no more than needed is read.
 
+    A row that brings a rejected answer is read as a preference row whatever `settings` want.
+
     Raises:
         DataError: a source that cannot be read, too many bad rows before there were enough good ones, or no row at all.
     """
+    settings = replace(settings, want="either")
     bad, rows, lines, num_read = settings.bad_rows(), list[Row](), list[str](), 0
     for number, text in enumerate(specs):
         spec, parts = resolve(text, use_hf=settings.use_hf)
@@ -80,14 +87,25 @@ def inspect_rows(rows: Sequence[Row], template: ChatTemplate, max_length: int | 
     Args:
         max_length: of a sequence; a longer row is shown whole, with a note.
     """
+    asked = [both(row) if row.rejected is not None else (to_conversation(row),) for row in rows]
+    made = iter(template.encode_batch(list(itertools.chain.from_iterable(asked))))
+    return [
+        one for row, sides in zip(rows, asked, strict=True) for one in _shown(row, list(itertools.islice(made, len(sides))), template, max_length)
+    ]
+
+
+def _shown(row: Row, made: list[list[Encoded] | DataError], template: ChatTemplate, max_length: int | None) -> list[Shown | DataError]:
+    """The training rows of a row; of a preference row those of both sides, or why one of them is refused."""
+    names = SIDES if len(made) == 2 else ("",)
     shown: list[Shown | DataError] = []
-    for row, made in zip(rows, template.encode_batch([to_conversation(row) for row in rows]), strict=True):
-        if isinstance(made, DataError):
-            shown.append(DataError(f"{row.where}: {made}"))
-            continue
-        for part, encoded in enumerate(made, start=1):
-            note = f"longer than {max_length}" if max_length is not None and len(encoded) > max_length else ""
-            shown.append(Shown(row.source, row.line, part, len(made), encoded, split_text(template, encoded.input_ids), note))
+    for side, parts in zip(names, made, strict=True):
+        if isinstance(parts, DataError):
+            return [DataError(f"{row.where}: {f'the {side} answer: ' if side else ''}{parts}")]
+        for part, encoded in enumerate(parts, start=1):
+            if not side or part == len(parts):  # of a preference row the last one is trained
+                note = f"longer than {max_length}" if max_length is not None and len(encoded) > max_length else ""
+                pieces = split_text(template, encoded.input_ids)
+                shown.append(Shown(row.source, row.line, part, len(parts), encoded, pieces, note, side))
     return shown
 
 
@@ -107,10 +125,10 @@ def split_text(template: ChatTemplate, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 def to_json(shown: Shown) -> str:
-    """One line: ``source``, ``row``, ``input_ids``, ``weights``, ``text``."""
-    encoded = shown.encoded
-    values = {"source": shown.source, "row": shown.row, "input_ids": encoded.input_ids, "weights": encoded.weights, "text": "".join(shown.pieces)}
-    return json.dumps(values, ensure_ascii=False)
+    """One line: ``source``, ``row``, ``input_ids``, ``weights``, ``text``; of a preference row also ``side``."""
+    encoded, side = shown.encoded, {"side": shown.side} if shown.side else {}
+    values = {"input_ids": encoded.input_ids, "weights": encoded.weights, "text": "".join(shown.pieces)}
+    return json.dumps({"source": shown.source, "row": shown.row, **side, **values}, ensure_ascii=False)
 
 
 def to_terminal(shown: Shown) -> Text:

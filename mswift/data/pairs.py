@@ -16,6 +16,7 @@ from mswift.data.rows import BadRows, Row
 from mswift.errors import DataError
 from mswift.templates import Conversation, EncodedChunk, RowEncoder
 
+SIDES = ("chosen", "rejected")
 _CHUNK = 512  # rows that are tokenised together
 
 
@@ -58,7 +59,7 @@ def encode_pairs(
     report, bad, sink = LengthReport(max_length, truncation), BadRows(strict=strict, max_share=max_bad_share), MemorySink() if sink is None else sink
     source, done = iter(rows), 0
     for chosen in iter(lambda: list(itertools.islice(source, _CHUNK)), []):
-        chunk = encode_chunk(template, [conversation for row in chosen for conversation in _both(row)])
+        chunk = encode_chunk(template, [conversation for row in chosen for conversation in both(row)])
         for number, row in enumerate(chosen):
             refused = next((chunk.refused[side] for side in (2 * number, 2 * number + 1) if side in chunk.refused), None)
             if refused is not None:
@@ -73,7 +74,8 @@ def encode_pairs(
     return EncodedPairs(data, np.arange(0, len(data) + 1, 2))
 
 
-def _both(row: Row) -> tuple[Conversation, Conversation]:
+def both(row: Row) -> tuple[Conversation, Conversation]:
+    """The chosen and the rejected conversation of a row. Raises `DataError` where one is missing."""
     if row.rejected is None:
         raise DataError(f"{row.where}: the rejected answer is missing, wanted a row with two answers")
     chosen = to_conversation(row)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mswift.data.faults import Placed, fail, got, text
 from mswift.data.messages import Message, MessageNames, read_messages
 from mswift.data.shapes import Shape, unpacked_list
+
+
+def has_rejected(data: Mapping[str, Any]) -> bool:
+    """Whether a row brings a rejected answer, well formed or not."""
+    return any(data.get(name) is not None for name in ("rejected", "rejected_response", "rejected_messages"))
 
 
 def read_pair(shape: Shape) -> tuple[list[Message], list[Message]]:

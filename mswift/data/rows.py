@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from mswift.data.content import MEDIA, read_media
 from mswift.data.faults import fail
 from mswift.data.files import RawRow
 from mswift.data.messages import DEFAULT_NAMES, ROLES, Message, MessageNames, Tool, check_calls, read_tools
-from mswift.data.preferences import read_pair
+from mswift.data.preferences import has_rejected, read_pair
 from mswift.data.shapes import Shape, Want, read_verdict
 from mswift.errors import DataError
 from mswift.log import get_logger
@@ -20,6 +20,7 @@ from mswift.log import get_logger
 __all__ = ["ROLES", "BadRows", "Message", "Recognised", "Row", "Tool", "Want", "normalise"]
 
 logger = get_logger("mswift.data.rows")
+_SHOWN = 3  # faults that are listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ def normalise(
         DataError: with file, line, the field at fault and what was got.
     """
     data, found = rename(raw.data, columns or {})
+    if want == "either":
+        want = "preference" if has_rejected(data) else "answer"
     shape = Shape(raw, data, want, auto, given)
     tools = read_tools(raw, data.pop("tools", None))
     rejected = None
@@ -130,17 +133,22 @@ def normalise(
     return row
 
 
+def listed(faults: Sequence[str]) -> str:
+    """The first few of them, on one line."""
+    more = len(faults) - _SHOWN
+    return " | ".join(faults[:_SHOWN]) + (f" | and {more} more" if more > 0 else "")
+
+
 class BadRows:
     """Counts the rows that cannot be used, and decides whether there are too many.
 
     Args:
         strict: the first one is an error.
         max_share: more than this share of all rows is an error.
-        num_shown: how many are listed.
     """
 
-    def __init__(self, *, strict: bool = False, max_share: float = 0.01, num_shown: int = 3) -> None:
-        self.strict, self.max_share, self.num_shown = strict, max_share, num_shown
+    def __init__(self, *, strict: bool = False, max_share: float = 0.01) -> None:
+        self.strict, self.max_share = strict, max_share
         self.errors: list[str] = []
 
     def add(self, error: DataError) -> None:
@@ -152,9 +160,7 @@ class BadRows:
         """Raises `DataError` where too many of ``total`` rows are bad; warns where some are."""
         if not self.errors:
             return
-        more = len(self.errors) - self.num_shown
-        listed = " | ".join(self.errors[: self.num_shown]) + (f" | and {more} more" if more > 0 else "")
         message = f"{len(self.errors)} of {total} rows cannot be used"
         if len(self.errors) > self.max_share * total:
-            raise DataError(f"{message}, more than {self.max_share:.0%}: {listed}; mend them, or allow more with --max_bad_rows_ratio")
-        logger.warning("%s and are left out: %s", message, listed)
+            raise DataError(f"{message}, more than {self.max_share:.0%}: {listed(self.errors)}; mend them, or allow more with --max_bad_rows_ratio")
+        logger.warning("%s and are left out: %s", message, listed(self.errors))

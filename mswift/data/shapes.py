@@ -10,8 +10,9 @@ from mswift.data.columns import map_conversation, map_question
 from mswift.data.faults import Placed, fail, got, names, text, unpacked
 from mswift.data.messages import DEFAULT_NAMES, Message, MessageNames, read_messages
 
-Want: TypeAlias = Literal["answer", "prompt", "text", "preference", "label"]
-"""What a row is for: an answer to train on, a prompt to answer, plain text, a chosen and a rejected answer, an answer with a verdict."""
+Want: TypeAlias = Literal["answer", "prompt", "text", "preference", "label", "either"]
+"""What a row is for: an answer to train on, a prompt to answer, plain text, a chosen and a rejected answer, an answer with a verdict; or ``either``:
+``preference`` where it brings a rejected answer, else ``answer``."""
 
 _SHAPES = "messages, instruction/input/output or query/response"
 

@@ -142,7 +142,7 @@ def _in_pieces(number: int, rows: int) -> Chunks:
 def _index_lines(path: str, number: int) -> Chunks:
     counts, starts, lines = list[int](), list[int](), list[int]()
     in_chunk, offset = LINES_OF_A_CHUNK, 0
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         for line, raw in enumerate(file):
             if raw.strip():
                 if in_chunk == LINES_OF_A_CHUNK:

@@ -46,6 +46,30 @@ def test_json_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "### Response:" in json.loads(out)["text"]
 
 
+def test_both_answers_of_preference_rows_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "a good one", "rejected": "a bad one"}) + "\n")
+    assert run("--json") == 0
+    out = capsys.readouterr().out
+    assert [(record["row"], record["side"]) for record in map(json.loads, out.splitlines())] == [(1, "chosen"), (1, "rejected")]
+    assert run() == 0
+    out = capsys.readouterr().out
+    assert "rows.jsonl:1, rejected: " in out
+    assert "a bad one<|im_end|>" in out
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--html", "page.html")])
+def test_rows_of_which_none_is_taken_are_an_error(folder: Path, capsys: pytest.CaptureFixture[str], form: tuple[str, ...]) -> None:
+    (folder / "rows.jsonl").write_text((json.dumps(ROWS[2]) + "\n") * 5)
+    assert run(*form) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("error: none of the 5 rows can be used: rows.jsonl:1: no assistant turn to train on")
+    assert last.endswith(" | and 2 more; mend them, or give another --template")
+    assert err.count("error") == 1
+    assert not (folder / "page.html").exists()
+
+
 def test_terminal_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--inspect", "2") == 0
     out = capsys.readouterr().out

@@ -110,3 +110,46 @@ def test_the_page_stands_alone_and_has_every_token(file: Path) -> None:
     assert html.unescape("".join(token[3] for token in mine)).replace("\u21b5", "") == "".join(first.pieces)
     assert {token[0] for token in mine} == {"", "t", "m"}
     assert "every training row needs one" in page
+
+
+def test_both_answers_of_a_preference_row_are_shown(file: Path) -> None:
+    asked = {"role": "user", "content": "q"}
+    whole = [[asked, {"role": "assistant", "content": content}] for content in ("<good>", "bad")]
+    rows = [
+        {"messages": whole[0], "rejected_response": "bad"},
+        {"messages": whole[0], "rejected_messages": whole[1]},
+        {"prompt": "q", "chosen": "<good>", "rejected": "bad"},
+        {"chosen": whole[0], "rejected": whole[1]},
+        {"query": "q", "response": "only", "rejected": None},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, lines = first_rows([str(file)], ReadSettings(), 5)
+    assert "1 row of messages, rejected_response" in lines[0]
+    template = ChatTemplate(tokenizer_for("qwen2_5"))
+    made = inspect_rows(found, template)
+    assert [(one.row, one.side) for one in made if isinstance(one, Shown)] == [
+        *((row, side) for row in range(1, 5) for side in ("chosen", "rejected")),
+        (5, ""),
+    ]
+    for chosen, rejected in zip(made[0:8:2], made[1:8:2], strict=True):
+        assert isinstance(chosen, Shown)
+        assert isinstance(rejected, Shown)
+        assert chosen.encoded == template.encode(whole[0])
+        assert rejected.encoded == template.encode(whole[1])
+        assert f", rejected: {len(rejected.encoded)} tokens" in rejected.title
+        assert to_terminal(rejected).plain.startswith(rejected.title)
+        assert json.loads(to_json(rejected))["side"] == "rejected"
+        assert "bad" in json.loads(to_json(rejected))["text"]
+    assert "side" not in json.loads(to_json(made[8])) if isinstance(made[8], Shown) else None
+    page = to_html(made, "pairs")
+    assert page.count("<section>") == 9
+    assert page.count(", rejected: ") == page.count(", chosen: ") == 4
+
+
+def test_a_pair_of_which_one_answer_is_refused_is_named_once(file: Path) -> None:
+    asked = {"role": "user", "content": "q"}
+    rejected = [asked, {"role": "assistant", "content": "b", "loss": False}]
+    file.write_text(json.dumps({"messages": [asked, {"role": "assistant", "content": "a"}], "rejected_messages": rejected}) + "\n")
+    made = inspect_rows(first_rows([str(file)], ReadSettings(), 1)[0], ChatTemplate(tokenizer_for("qwen2_5")))
+    assert [str(one) for one in made] == [f"{file}:1: the rejected answer: no assistant turn to train on; every training row needs one"]
+    assert isinstance(made[0], DataError)

@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mswift.data.registry import Part
+from mswift.data.shards import open_shards
 from mswift.data.sources import RawRow, SourceSpec, check_sources, parse_spec, read_file, read_source
 from mswift.errors import DataError, MissingExtraError
 
@@ -186,6 +188,19 @@ def test_bad_lines_can_be_passed_over(tmp_path: Path) -> None:
     assert "(byte 17 of the file)" in str(bad[2])
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.json"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_in_another_encoding_is_one_fault_and_not_one_a_line(tmp_path: Path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes('{"a": 1}\n{"a": 2}\n{"a": 3}\n'.encode(encoding))
+    bad: list[DataError] = []
+    with pytest.raises(DataError, match=r":1: not UTF-8: byte 0x\w\w at column [12] .* iconv -f UTF-(16|16LE|16BE|32) -t UTF-8$"):
+        list(read_source(parse_spec(str(path)), on_bad=bad.append))
+    assert bad == []
+    with pytest.raises(DataError, match=":1: not UTF-8"):
+        open_shards(Part(parse_spec(str(path))))
+
+
 def test_directories_and_globs_in_the_order_of_names(write_rows: Write, tmp_path: Path) -> None:
     for name in ("d/b.jsonl", "d/a.jsonl", "d/sub/c.jsonl", "d/ignored.json", "d/.checkpoints/a.jsonl"):
         write_rows(name, [{"name": name}])
@@ -220,6 +235,21 @@ def test_directories_and_globs_in_the_order_of_names(write_rows: Write, tmp_path
             "a.txt",
             "h\u00e9".encode("utf-16"),
             "{path}:1: not UTF-8: byte 0xff at column 1 (byte 0 of the file); convert the file with iconv -f UTF-16 -t ",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": 2}\n'.encode("utf-16-be"),
+            "{path}:1: not UTF-8: byte 0x00 at column 1 (byte 0 of the file); convert the file with iconv -f UTF-16BE -t ",
+        ),
+        (
+            "a.csv",
+            "a,b\n1,2\n".encode("utf-16-le"),
+            "{path}:1: not UTF-8: byte 0x00 at column 2 (byte 1 of the file); convert the file with iconv -f UTF-16LE -t ",
+        ),
+        (
+            "a.json",
+            "[{}]".encode("utf-32"),
+            "{path}:1: not UTF-8: byte 0xff at column 1 (byte 0 of the file); convert the file with iconv -f UTF-32 -t ",
         ),
         ("a.parquet", b"PAR1", "{path}: not parquet, or damaged: "),
         ("a.arrow", b"ARROW", "{path}: not arrow, or damaged: "),
