@@ -53,7 +53,10 @@ def export(config: ExportConfig) -> None:
         if is_main_process():
             template = make_template(directory, config.model, config.template)
             logger.info(write_cached(config, template, directory, target))
-            print(f"train on it: mswift sft --model {config.model.model} --cached_dataset {target}")
+            if settings.template_mode == "rlhf":
+                print(f"preference rows, of which both answers stay together, are in {target}")
+            else:
+                print(f"train on it: mswift sft --model {config.model.model} --cached_dataset {target}")
         return
     if settings.dry_run:
         if is_main_process():

@@ -34,7 +34,8 @@ def read_rows(config: SftConfig | ExportConfig) -> tuple[list[Row], list[Row]]:
     from mswift.data import load_dataset, split
 
     data = config.data
-    common = {**reading(config), "seed": data.data_seed}
+    pairs = isinstance(config, ExportConfig) and config.export.template_mode == "rlhf"
+    common = {**reading(config), "seed": data.data_seed, "want": "preference" if pairs else "answer"}
     rows = load_dataset(data.dataset, shuffle=data.dataset_shuffle, **common) if data.dataset else []
     if data.val_dataset:
         return rows, load_dataset(data.val_dataset, shuffle=False, **common)
@@ -179,23 +180,34 @@ def write_cached(config: ExportConfig, template: RowEncoder, directory: Path, ta
     Raises:
         DataError: no row is left, or the disk is full. Nothing is left behind.
     """
-    from mswift.data import encode_dataset
     from mswift.data.cache import CacheSink
     from mswift.data.sources import source_files
 
-    data = config.data
+    data, mode = config.data, config.export.template_mode
     said = []
     for part, rows in zip(("train", "val"), read_rows(config), strict=True):
         if not rows:
             continue
         names = data.val_dataset if part == "val" and data.val_dataset else data.dataset
-        sink = CacheSink(target / part, template.identity(), source_files(names, use_hf=config.model.use_hf))
+        sink = CacheSink(target / part, template.identity(), source_files(names, use_hf=config.model.use_hf), mode)
         try:
             with progress_bar(f"tokenising {part}") as progress:
-                made = encode_dataset(rows, template, progress=progress, sink=sink, **_settings(data, directory))
+                made, count = _write(rows, template, {"progress": progress, "sink": sink, **_settings(data, directory)}, pairs=mode == "rlhf")
         except (DataError, KeyboardInterrupt):
             sink.remove()
             raise
         logger.info("%s: %s", part, ", ".join(made.report.lines()))
-        said.append(f"{len(made)} rows, {made.num_tokens} tokens in {target / part}")
+        said.append(f"{count}, {made.num_tokens} tokens in {target / part}")
     return "; ".join(said)
+
+
+def _write(rows: list[Row], template: RowEncoder, settings: dict[str, Any], *, pairs: bool) -> tuple[TokenRows, str]:
+    """The rows as tokens in the sink of the settings, and how many there are."""
+    from mswift.data import encode_dataset
+    from mswift.data.pairs import encode_pairs
+
+    if pairs:
+        made = encode_pairs(rows, template, **settings)
+        return made.data, f"{len(made)} preference rows"
+    data = encode_dataset(rows, template, **settings)
+    return data, f"{len(data)} rows"

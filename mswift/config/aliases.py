@@ -130,6 +130,7 @@ UNSUPPORTED_VALUES: dict[str, frozenset[str]] = {
         "lr_scheduler_type": "cosine_with_restarts polynomial inverse_sqrt reduce_lr_on_plateau cosine_with_min_lr warmup_stable_decay WSD "
         "inverse-square-root",
         "device": "npu mps xpu",
+        "template_mode": "kto",
         "ddp_backend": "mpi ccl hccl",
     }.items()
 }

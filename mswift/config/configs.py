@@ -364,6 +364,8 @@ class ExportConfig(Config):
                 yield "--to_cached_dataset needs --dataset: one or more files, folders or hub ids"
             if settings.output_dir is None:
                 yield "--to_cached_dataset needs --output_dir, the folder that --cached_dataset will name"
+            if settings.template_mode == "rlhf" and self.data.truncation_strategy == "split":
+                yield "--template_mode rlhf does not go with --truncation_strategy split; take delete, left or right"
         if settings.to_peft_format and not settings.mcore_adapter:
             yield "--to_peft_format needs --mcore_adapter, the Megatron adapter to write; a PEFT adapter is in that form already"
         if settings.mcore_adapter and not settings.to_peft_format:
@@ -379,7 +381,7 @@ class ExportConfig(Config):
         yield from _idle_parallel(self.parallel)
         if not self.export.to_cached_dataset:
             names = (name for name, flag in self.flags().items() if flag.section in ("data", "template") and name not in TOLD_BESIDE)
-            yield tuple(names), "it is read by --to_cached_dataset only"
+            yield ("template_mode", *names), "it is read by --to_cached_dataset only"
 
 
 @dataclass(kw_only=True, slots=True)

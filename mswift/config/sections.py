@@ -319,6 +319,9 @@ class ExportSection:
     to_mcore: bool = option(False, "Write a Megatron checkpoint (torch_dist), or with --adapters a Megatron adapter")
     to_hf: bool = option(False, "Write a Hugging Face directory, from a Megatron checkpoint or another Hugging Face directory")
     to_cached_dataset: bool = option(False, "Write --dataset as tokens that sft reads with --cached_dataset")
+    template_mode: Literal["train", "rlhf"] = option(
+        "train", "With --to_cached_dataset: rows of one answer, or preference rows of which both answers stay together"
+    )
     to_peft_format: bool = option(False, "Write the Megatron adapter of --mcore_adapter as a PEFT directory")
     mcore_adapter: str | None = option(None, "Megatron adapter to write in PEFT's form", auto="none", metavar="DIR")
     expert_lora_format: Literal["per-expert", "peft<0.19", "peft>=0.19", "vllm-3d"] | None = option(

@@ -1,7 +1,8 @@
 """Cached data sets: tokens on disk that are memory-mapped, with a manifest that says what they were made of.
 
 A directory with ``ids.npy`` (int32), ``weights.npy`` (float32), ``offsets.npy`` (int64 ``[rows + 1]``: where each row begins), ``places.npy``
-(int64 ``[rows, 2]``: number of the source, line) and ``manifest.json``. It appears by one rename.
+(int64 ``[rows, 2]``: number of the source, line) and ``manifest.json``. It appears by one rename. Of preference rows (mode ``rlhf``) the chosen
+and the rejected conversation lie side by side, as two rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from mswift.errors import DataError, one_line
 
 MANIFEST = "manifest.json"
 VERSION = 1
+Mode: TypeAlias = Literal["train", "rlhf"]
+_HOLDS = {"train": "rows of one answer", "rlhf": "preference rows"}
+_TOGETHER = {"train": 1, "rlhf": 2}  # rows that count as one
 _AGAIN = "make it again with mswift export --to_cached_dataset true"
 _END_BYTES = 65536  # of a source file that its fingerprint reads at either end
 
@@ -59,10 +63,11 @@ class CacheSink:
     Args:
         directory: the data set; it appears, in the place of what was there, when `finish` is called.
         identity: what tokens depend on; see `mswift.templates.ChatTemplate.identity`. files: the sources on this machine.
+        mode: what the rows are.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, str], files: Sequence[str]) -> None:
-        self.directory, self.identity, self.files = directory, dict(identity), list(files)
+    def __init__(self, directory: Path, identity: Mapping[str, str], files: Sequence[str], mode: Mode = "train") -> None:
+        self.directory, self.identity, self.files, self.mode = directory, dict(identity), list(files), mode
         self.draft = directory.with_name(f".{directory.name}.incomplete")
         shutil.rmtree(self.draft, ignore_errors=True)
         self.draft.mkdir(parents=True)
@@ -88,6 +93,7 @@ class CacheSink:
             column.close()
         manifest = {
             "version": VERSION,
+            "template_mode": self.mode,
             "rows": self._places.length,
             "tokens": self._end,
             "longest": self._longest,
@@ -104,7 +110,7 @@ class CacheSink:
         (self.draft / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
         shutil.rmtree(self.directory, ignore_errors=True)
         os.replace(self.draft, self.directory)
-        return open_cached(self.directory)
+        return open_cached(self.directory, self.mode)
 
     def remove(self) -> None:
         """Leave nothing behind."""
@@ -137,11 +143,11 @@ def find_cached(name: str, part: str = "train") -> tuple[Path, int | None]:
     raise DataError(f"{text} is no cached data set (there is no {MANIFEST} in it or in its folder {part}); {_AGAIN}")
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path, mode: Mode = "train") -> dict[str, Any]:
     """The manifest of a cached data set.
 
     Raises:
-        DataError: it cannot be read, or is of another version.
+        DataError: it cannot be read, is of another version, or of rows of another mode.
     """
     path = directory / MANIFEST
     try:
@@ -150,6 +156,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {one_line(error)}; {_AGAIN}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         raise DataError(f"{path} is of another version, wanted {VERSION}; {_AGAIN}")
+    found = manifest.get("template_mode", "train")
+    if found != mode:
+        raise DataError(f"{directory} holds {_HOLDS[found]}, wanted {_HOLDS[mode]}; {_AGAIN} --template_mode {mode}")
     return manifest
 
 
@@ -170,13 +179,13 @@ def check_cached(directory: Path, identity: Mapping[str, str], max_length: int |
         raise DataError(f"{directory} has rows of {manifest['longest']} tokens, more than --max_length {max_length}; raise it, or {_AGAIN}")
 
 
-def open_cached(directory: Path) -> TokenRows:
+def open_cached(directory: Path, mode: Mode = "train") -> TokenRows:
     """The rows of a cached data set, memory-mapped.
 
     Raises:
-        DataError: a file is missing or does not fit the manifest.
+        DataError: a file is missing or does not fit the manifest, or the rows are of another mode.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, mode)
     try:
         ids, weights, places = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("ids", "weights", "places"))
         offsets = np.load(directory / "offsets.npy")
@@ -191,8 +200,8 @@ def open_cached(directory: Path) -> TokenRows:
     return rows_of_arrays(TokenArrays(ids, weights, manifest["sources"], places, manifest["content"]), np.diff(offsets), report)
 
 
-def load_cached(names: Sequence[str], *, part: str = "train", seed: int = 42, shuffle: bool = True) -> TokenRows:
-    """All rows of several cached data sets; ``DIR#N`` takes N of one, as `load_dataset` takes rows of a source.
+def load_cached(names: Sequence[str], *, part: str = "train", seed: int = 42, shuffle: bool = True, mode: Mode = "train") -> TokenRows:
+    """All rows of several cached data sets; ``DIR#N`` takes N of one, as `load_dataset` takes rows of a source; of pairs N pairs.
 
     Raises:
         DataError: one is missing or damaged.
@@ -200,10 +209,13 @@ def load_cached(names: Sequence[str], *, part: str = "train", seed: int = 42, sh
     found = []
     for number, name in enumerate(names):
         directory, count = find_cached(name, part)
-        data = open_cached(directory)
+        data = open_cached(directory, mode)
         if count is not None:
-            passes, rest = divmod(count, len(data))
-            order = np.random.default_rng([seed, number]).permutation(len(data)) if shuffle else np.arange(len(data))
-            data = data.choose(np.concatenate([np.tile(np.arange(len(data)), passes), order[:rest]]))
+            together = _TOGETHER[mode]
+            units = len(data) // together
+            passes, rest = divmod(count, units)
+            order = np.random.default_rng([seed, number]).permutation(units) if shuffle else np.arange(units)
+            chosen = np.concatenate([np.tile(np.arange(units), passes), order[:rest]])
+            data = data.choose((together * chosen[:, None] + np.arange(together)).ravel())
         found.append(data)
     return join(found, found[0].report)

@@ -57,7 +57,7 @@ def encode_dataset(
     bad = BadRows(strict=strict, max_share=max_bad_share)
     sink = MemorySink() if sink is None else sink
     total, done = len(rows) if isinstance(rows, Sized) else 0, 0
-    for origins, chunk in _encode_all(rows, template, num_proc):
+    for origins, chunk in encode_chunks(rows, template, num_proc):
         take(chunk, origins, report, bad, sink)
         done += len(origins)
         if progress is not None:
@@ -90,25 +90,36 @@ def encode_chunk(template: RowEncoder, conversations: Sequence[Conversation]) ->
     return next(template.encode_chunks([conversations]))
 
 
-def _encode_all(rows: Iterable[Row], template: RowEncoder, num_proc: int) -> Iterator[tuple[list[Row], EncodedChunk]]:
-    """Chunks of rows with what became of them, in order; only so many are held as keep the processes busy."""
+def one_each(rows: Sequence[Row]) -> list[Conversation]:
+    """The conversation of each row."""
+    return [to_conversation(row) for row in rows]
+
+
+def encode_chunks(
+    rows: Iterable[Row], template: RowEncoder, num_proc: int, conversations: Callable[[Sequence[Row]], list[Conversation]] = one_each
+) -> Iterator[tuple[list[Row], EncodedChunk]]:
+    """Chunks of rows with what became of them, in order; only so many are held as keep the processes busy.
+
+    Args:
+        conversations: what is encoded of some rows.
+    """
     source = iter(rows)
     chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
     if num_proc <= 1 or (isinstance(rows, Sized) and len(rows) <= _CHUNK):
         held: deque[list[Row]] = deque()
 
-        def conversations() -> Iterator[list[Conversation]]:
+        def asked() -> Iterator[list[Conversation]]:
             for chunk in chunks:
                 held.append(chunk)
-                yield [to_conversation(row) for row in chunk]
+                yield conversations(chunk)
 
-        for made in template.encode_chunks(conversations()):
+        for made in template.encode_chunks(asked()):
             yield held.popleft(), made
         return
     with ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (template,)) as pool:
         waiting: deque[tuple[list[Row], Future[EncodedChunk]]] = deque()
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(_work, [to_conversation(row) for row in chunk])))
+            waiting.append((chunk, pool.submit(_work, conversations(chunk))))
             if len(waiting) > _AHEAD * num_proc:
                 done, future = waiting.popleft()
                 yield done, future.result()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from mswift.data.cache import load_cached
 from mswift.data.encoded import Integers, MemorySink, TokenRows, TokenSink
-from mswift.data.encoding import encode_chunk, to_conversation
+from mswift.data.encoding import Progress, encode_chunks, to_conversation
 from mswift.data.report import LengthReport
 from mswift.data.rows import BadRows, Row
 from mswift.errors import DataError
 from mswift.templates import Conversation, EncodedChunk, RowEncoder
 
 SIDES = ("chosen", "rejected")
-_CHUNK = 512  # rows that are tokenised together
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,8 @@ def encode_pairs(
     *,
     max_length: int | None = None,
     truncation: Literal["delete", "left", "right"] = "delete",
+    num_proc: int = 1,
+    progress: Progress | None = None,
     strict: bool = False,
     max_bad_share: float = 0.01,
     sink: TokenSink | None = None,
@@ -51,26 +52,39 @@ def encode_pairs(
     Args:
         max_length: tokens that each of the two may have; ``None`` = any number. truncation: what happens to a pair with a longer one: ``delete``
             drops both, ``right`` and ``left`` keep the first or last tokens of the longer one.
-        strict, max_bad_share: as in `encode_dataset`. sink: what takes the training rows; None: memory.
+        num_proc, progress, strict, max_bad_share: as in `encode_dataset`. sink: what takes the training rows; None: memory.
 
     Raises:
         DataError: a row has one answer only, too many rows are refused by the template, or no pair is left.
     """
     report, bad, sink = LengthReport(max_length, truncation), BadRows(strict=strict, max_share=max_bad_share), MemorySink() if sink is None else sink
-    source, done = iter(rows), 0
-    for chosen in iter(lambda: list(itertools.islice(source, _CHUNK)), []):
-        chunk = encode_chunk(template, [conversation for row in chosen for conversation in both(row)])
-        for number, row in enumerate(chosen):
+    total, done = len(rows) if isinstance(rows, Sized) else 0, 0
+    for origins, chunk in encode_chunks(rows, template, num_proc, lambda some: [conversation for row in some for conversation in both(row)]):
+        for number, row in enumerate(origins):
             refused = next((chunk.refused[side] for side in (2 * number, 2 * number + 1) if side in chunk.refused), None)
             if refused is not None:
                 bad.add(DataError(f"{row.where}: {refused}"))
                 report.refused(row.source, row.line, refused)
-        _take(chunk, chosen, report, sink)
-        done += len(chosen)
+        _take(chunk, origins, report, sink)
+        done += len(origins)
+        if progress is not None:
+            progress(done, total)
     bad.finish(done)
     if not report.num_kept:
         raise DataError(report.nothing_left(None))
-    data = sink.finish(report)
+    return _pairs(sink.finish(report))
+
+
+def load_pairs(names: Sequence[str], *, part: str = "train", seed: int = 42, shuffle: bool = True) -> EncodedPairs:
+    """The preference rows of cached data sets; ``DIR#N`` takes N of one, as `load_cached` takes rows.
+
+    Raises:
+        DataError: one is missing or damaged, or holds no pairs.
+    """
+    return _pairs(load_cached(names, part=part, seed=seed, shuffle=shuffle, mode="rlhf"))
+
+
+def _pairs(data: TokenRows) -> EncodedPairs:
     return EncodedPairs(data, np.arange(0, len(data) + 1, 2))
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mswift.data.batches import Batches
+from mswift.data.packing import PackIndex
+from mswift.data.pairs import load_pairs
 from tests.cli.conftest import Lab
 from tests.cli.program import Worker, assert_one_line, contents
 
@@ -70,15 +73,41 @@ def test_tokens_of_something_else_are_refused(light: Worker, heavy: Worker, lab:
     assert {path.name for path in (lab.folder / "cached").iterdir()} == {"train"}
 
 
+def test_preference_rows_become_pairs_that_stay_together(light: Worker, heavy: Worker, lab: Lab) -> None:
+    lab.copy("m")
+    rows = [{"prompt": f"question {i}", "chosen": "good " * (1 + i % 5), "rejected": "bad " * (1 + i % 3)} for i in range(20)]
+    (lab.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*CACHE, "--template_mode", "rlhf"]
+    made = heavy.run([*words, "--split_dataset_ratio", "0.2"], lab.folder)
+    assert made.code == 0, made.err
+    assert "16 preference rows, " in made.err
+    assert made.out == "preference rows, of which both answers stay together, are in cached\n"
+    pairs, held_out = (load_pairs([str(lab.folder / "cached")], part=part) for part in ("train", "val"))
+    assert (len(pairs), len(held_out)) == (16, 4)
+    packs = PackIndex(pairs.data.lengths, 256, groups=pairs.groups)
+    batches = Batches(pairs.data, micro_batch_size=1, global_batch_size=2, packs=packs, groups=pairs.groups)
+    seen = [batch.rows for k in range(batches.steps_per_epoch) for batch in batches.step(k)]
+    assert sorted(row for members in seen for row in members) == list(range(32))
+    assert max(map(len, seen)) > 2
+    for members in seen:
+        assert [row + 1 for row in members[::2]] == members[1::2]
+    assert_one_line(light.run(cached(lab.sft()), lab.folder), "cached/train holds preference rows, wanted rows of one answer")
+    lab.copy("rows.jsonl").write_text('{"query": "q", "response": "a"}\n')
+    alone = heavy.run([*words, "--exist_ok", "true"], lab.folder)
+    assert_one_line(alone, "rows.jsonl:1: the rejected answer is missing, wanted rejected, rejected_response or rejected_messages")
+
+
 def test_flags_that_do_not_go_together(light: Worker, lab: Lab) -> None:
     lab.copy("m")
     wrong = {
         "--to_cached_dataset needs --output_dir": CACHE[:-2],
         "--to_cached_dataset needs --dataset": [*CACHE[:3], *CACHE[5:]],
         "--to_cached_dataset writes data, no model": [*CACHE, "--to_mcore", "true"],
+        "--template_mode rlhf does not go with --truncation_strategy split": [*CACHE, "--template_mode", "rlhf", "--truncation_strategy", "split"],
+        "--template_mode: kto is not supported yet": [*CACHE, "--template_mode", "kto"],
         "--packing does not go with --context_parallel_size 2 yet": lab.sft("--packing", "true", "--context_parallel_size", "2"),
         "--packing_length 10 is less than --max_length 20": lab.sft("--packing", "true", "--packing_length", "10", "--max_length", "20"),
     }
     for message, words in wrong.items():
         assert_one_line(light.run(words, lab.folder), message)
-    assert len(wrong) == 5
+    assert len(wrong) == 7

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mswift.data.batches import Batches
+from mswift.data.cache import CacheSink, open_cached
+from mswift.data.encoding import encode_dataset
 from mswift.data.packing import PackIndex
-from mswift.data.pairs import EncodedPairs, encode_pairs
+from mswift.data.pairs import EncodedPairs, encode_pairs, load_pairs
 from mswift.data.rows import Row
 from mswift.errors import DataError
 from mswift.templates import ChatTemplate
@@ -71,6 +75,40 @@ def test_what_one_answer_lacks_takes_both_away(chatml: ChatTemplate) -> None:
     assert len(cut) == 4
     left = encode_pairs(rows[:4], chatml, max_length=120, truncation="left")
     assert left.data[2].input_ids == chatml.encode(rows[1].messages).input_ids[-120:]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_cached_pairs_are_those_in_memory(chatml: ChatTemplate, tmp_path: Path, num_proc: int) -> None:
+    rows = [make_row(i + 1, i % 5, i % 7) for i in range(1300 if num_proc > 1 else 40)] + [make_row(1301, 60, 1)]
+    memory = encode_pairs(rows, chatml, max_length=120)
+    seen: list[tuple[int, int]] = []
+    sink = CacheSink(tmp_path / "pairs" / "train", chatml.identity(), [], mode="rlhf")
+    made = encode_pairs(rows, chatml, max_length=120, num_proc=num_proc, progress=lambda done, total: seen.append((done, total)), sink=sink)
+    assert seen[-1] == (len(rows), len(rows))
+    mapped = load_pairs([str(tmp_path / "pairs")])
+    for pairs in (made, mapped):
+        assert len(pairs) == len(memory) == len(rows) - 1
+        assert list(pairs.data) == list(memory.data)
+        assert np.array_equal(pairs.groups, memory.groups)
+        assert pairs.data.fingerprint() == memory.data.fingerprint()
+        assert isinstance(pairs.data.arrays(0)[0], np.memmap)
+    assert micro_batches(mapped, True, 2) == micro_batches(memory, True, 2)
+    some = load_pairs([str(tmp_path / "pairs#5"), str(tmp_path / "pairs#3")], shuffle=False)
+    assert len(some) == 8
+    assert list(some.data) == [*list(memory.data)[:10], *list(memory.data)[:6]]
+    drawn = load_pairs([f"{tmp_path / 'pairs'}#{2 * len(memory)}"], seed=1)
+    lines = [drawn.data.where(i) for i in range(len(drawn.data))]
+    assert lines[::2] == lines[1::2]
+    assert all(count == 4 for count in Counter(lines).values())
+
+
+def test_pairs_are_not_taken_for_rows_and_rows_not_for_pairs(chatml: ChatTemplate, tmp_path: Path) -> None:
+    encode_pairs([make_row(1, 1, 1)], chatml, sink=CacheSink(tmp_path / "pairs", {}, [], mode="rlhf"))
+    encode_dataset([make_row(1, 1, 1)], chatml, sink=CacheSink(tmp_path / "rows", {}, []))
+    with pytest.raises(DataError, match=r"pairs holds preference rows, wanted rows of one answer; .* --template_mode train$"):
+        open_cached(tmp_path / "pairs")
+    with pytest.raises(DataError, match=r"rows holds rows of one answer, wanted preference rows; .* --template_mode rlhf$"):
+        load_pairs([str(tmp_path / "rows")])
 
 
 def test_a_pair_that_is_none_is_one_line(chatml: ChatTemplate) -> None:
