@@ -159,11 +159,13 @@ def _logits_of(config: VerifyConfig, session: Session, ids: torch.Tensor) -> tor
 
     section = dataclasses.replace(config.model, model=str(session.directory), torch_dtype="float32")
     if is_megatron(session.directory):
-        return load_model(session, section, config.parallel).logits(ids)
+        return load_model(session, section, config.parallel, further=True).logits(ids)
     if not session.groups.is_last_stage:
         return None
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(session.directory, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code)
     with torch.no_grad():
         return model.eval()(ids).logits.float()

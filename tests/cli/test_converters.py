@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.cases import options_of
+from tests.parity.test_multi_token import write_checkpoint
 from tests.tiny import make_checkpoint, make_peft_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,18 @@ def test_a_difference_has_exit_code_1_and_is_named(folder: Path, megatron: Path)
     assert len(done.stdout.splitlines()) == 1
     assert "error: 1 of 110 tensors of megatron and other differ" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_layers_that_predict_further_ahead_are_compared_and_nothing_else_is_said(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf", "deepseek_v3/plain", 1)
+    there = run("hf_to_megatron", "--model", "hf", "--output", "megatron", folder=tmp_path)
+    assert there.returncode == 0, there.stderr
+    same = run("verify", "megatron", "--against-hf", "hf", "--pipeline_model_parallel_size", "2", processes=2, folder=tmp_path)
+    assert same.returncode == 0, same.stderr
+    assert same.stdout.strip() == "equal: megatron and hf"
+    counted, told = same.stderr.splitlines()
+    assert counted.startswith("tensors: 135 of 135 equal")
+    assert told.startswith("logits of 64 random tokens")
 
 
 def test_a_dry_run_writes_nothing_and_finds_what_is_missing(folder: Path) -> None:
