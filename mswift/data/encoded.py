@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,8 @@ Ids: TypeAlias = npt.NDArray[np.int32]
 Weights: TypeAlias = npt.NDArray[np.float32]
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-_FORGET_BYTES = 2**29  # of mapped files that may have become resident: they are given back, so that a pass over them does not fill the memory
-_AROUND_BYTES = 2**17  # that may become resident with a row beside itself: Linux maps what lies around a page, 64 KiB of each of the two files
+_FORGET_BYTES = 2**28  # of mapped files that may become resident: they are given back, so that a pass over them does not fill the memory
+_LOOK_EVERY = 32  # rows: Linux may map 2 MiB around the place of a row, of each of the two files
 
 
 class TokenSink(Protocol):
@@ -64,7 +65,8 @@ class TokenRows:
         self.parts, self.lengths, self.report = list(parts), lengths, report
         self._part_of, self._starts = part_of, starts
         self._rows = np.concatenate([np.arange(len(part.places)) for part in parts]) if parts else np.zeros(0, np.int64)
-        self._read_bytes = 0
+        self._mapped = [found for part in parts for array in (part.ids, part.weights) if (found := _mapping(array)) is not None]
+        self._num_read, self._floor = 0, 2**62
         self._chosen = False
 
     def __len__(self) -> int:
@@ -82,10 +84,9 @@ class TokenRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         part, start, length = self.parts[self._part_of[index]], self._starts[index], self.lengths[index]
-        self._read_bytes += 8 * int(length) + _AROUND_BYTES
-        if self._read_bytes > _FORGET_BYTES:
-            self._read_bytes = 0
-            self._forget()
+        if self._mapped and self._num_read % _LOOK_EVERY == 0:
+            self._look()
+        self._num_read += 1
         return part.ids[start : start + length], part.weights[start : start + length]
 
     def where(self, index: int) -> str:
@@ -119,11 +120,26 @@ class TokenRows:
         """SHA-256 over tokens, weights and row limits: equal for equal training rows in equal order, in memory and mapped."""
         return self._fingerprint
 
-    def _forget(self) -> None:
-        for part in self.parts:
-            for array in (part.ids, part.weights):
-                if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-                    array.base.madvise(mmap.MADV_DONTNEED)
+    def _look(self) -> None:
+        """Gives the pages of mapped files back where too many of them have become resident since the last time."""
+        resident = _resident_files()
+        self._floor = min(self._floor, resident)
+        if resident > self._floor + _FORGET_BYTES:
+            for mapping in self._mapped:
+                mapping.madvise(mmap.MADV_DONTNEED)
+            self._floor = _resident_files()
+
+
+def _mapping(array: npt.NDArray[Any]) -> mmap.mmap | None:
+    """The mapped file of an array, where its pages can be given back."""
+    base = array.base if isinstance(array, np.memmap) and sys.platform == "linux" else None
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def _resident_files() -> int:
+    """Bytes of this process's memory that are mapped files."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[2]) * mmap.PAGESIZE
 
 
 def join(data: Sequence[TokenRows], report: LengthReport) -> TokenRows:
