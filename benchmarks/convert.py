@@ -59,6 +59,10 @@ MOE = {
 }
 MODELS = {"dense": (DENSE, "--tensor_model_parallel_size"), "moe": (MOE, "--expert_model_parallel_size")}
 
+_SETTLE = 6.0
+"""Seconds before either of a pair begins. A virtual machine may lose memory that nothing uses for some seconds: what was freed a moment ago is
+three times as fast as what has to be given again, and a conversion needs those seconds to start Python."""
+
 
 def tensors_of(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors of one of the two models, by name and shape."""
@@ -117,6 +121,7 @@ def timed(source: Path, target: Path, action: Callable[[], str]) -> tuple[float,
     """Seconds of an action on a cold source, and of the sync after it until its target is on the disk; what it said."""
     shutil.rmtree(target, ignore_errors=True)
     forget(source)
+    time.sleep(_SETTLE)
     begun = time.perf_counter()
     said = action()
     done = time.perf_counter()

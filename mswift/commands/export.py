@@ -63,7 +63,9 @@ def export(config: ExportConfig) -> None:
             dry_run(config, directory)
         return
     with open_session(directory, config.parallel, config.runtime) as session:
-        import mswift.engines.megatron_model  # noqa: F401  (seconds of libraries that are no part of the conversion)
+        import transformers.models.auto  # noqa: F401  (seconds of libraries that are no part of the conversion)
+
+        import mswift.engines.megatron_model  # noqa: F401
 
         begun = time.perf_counter()
         model = load_model(session, config.model, config.parallel, deferred=True, further=True)

@@ -86,6 +86,15 @@ def exchange(value: T, groups: ExportGroups) -> list[T]:
     return gathered
 
 
+def exchange_shards(value: T, spread: Spread) -> list[T]:
+    """One small object from every rank that shares the parameters, in shard order. Collective over the spread's group."""
+    if spread.num_shards == 1:
+        return [value]
+    gathered: list[T] = [value] * spread.num_shards
+    dist.all_gather_object(gathered, value, group=spread.group)
+    return gathered
+
+
 def agree(error: Exception | None, groups: ExportGroups) -> None:
     """Go on together or fail together. Collective.
 

@@ -13,7 +13,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,11 +34,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # megatron-core reads these too
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -83,21 +84,30 @@ def save_state(state: dict[str, Any], directory: Path, what: str, *, writer: Fil
 class PartsWriter(FileSystemWriter):
     """Writes a rank's tensors in files of limited size, and remembers every finished one, so that a killed writer goes on where it was.
 
-    The disk takes a file in while the tensors of the next are read.
+    One tensor is in memory at a time, and the disk takes a file in while those of the next are read.
 
     Args:
         max_bytes: of a file; a larger tensor has one of its own. fill: makes sure that a tensor holds its values, called just before it is written.
+        release: called with a tensor once nothing more of its storage is to be written.
         progress: called after every file with the bytes done and in all, of this rank.
     """
 
-    def __init__(self, directory: Path, max_bytes: int, fill: Callable[[torch.Tensor], None], progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        max_bytes: int,
+        fill: Callable[[torch.Tensor], None],
+        release: Callable[[torch.Tensor], None],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
         super().__init__(directory, single_file_per_rank=True, thread_count=1, sync_files=False)
-        self._directory, self._max_bytes, self._fill, self._progress = directory, max_bytes, fill, progress
+        self._directory, self._max_bytes, self._fill, self._release, self._progress = directory, max_bytes, fill, release, progress
         self.bytes, self.reused, self.num_files = 0, 0, 0
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         sizes = {id(item): _nbytes(item) for item in plan.items}
         total, results = sum(sizes.values()), []
+        in_turn = _InTurn(planner, plan.items, self._fill, self._release)
         with ThreadPoolExecutor(1) as behind:
             notes = []
             for number, items in enumerate(_split(plan.items, sizes, self._max_bytes)):
@@ -106,9 +116,10 @@ class PartsWriter(FileSystemWriter):
                 note, contents = self._directory / f".{prefix}done", _contents(items)
                 written = _read_note(note, contents, part)
                 if written is None:
-                    written = self._write_part(part, planner)
+                    written = self._write_part(part, in_turn)
                     notes.append(behind.submit(_keep, note, contents, written, items))
                 else:
+                    in_turn.skip(items)
                     self.reused += 1
                 results += written
                 self.bytes += sum(sizes[id(item)] for item in items)
@@ -122,10 +133,6 @@ class PartsWriter(FileSystemWriter):
         return done
 
     def _write_part(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        for item in plan.items:
-            data = planner.resolve_data(item)
-            if isinstance(data, torch.Tensor):
-                self._fill(data)
         before = get_crc32_options()
         set_crc32_options(False)  # a third of the time, and no reader looks at them
         try:
@@ -137,6 +144,48 @@ class PartsWriter(FileSystemWriter):
         super().finish(metadata, results)
         for note in self._directory.glob(".*_done"):
             note.unlink()
+
+
+class _InTurn(DefaultSavePlanner):
+    """A planner whose tensors are filled when the writer asks for them and released when it asks for the next, unless that is of the same storage."""
+
+    def __init__(
+        self, planner: SavePlanner, items: list[WriteItem], fill: Callable[[torch.Tensor], None], release: Callable[[torch.Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._planner, self._fill, self._release = planner, fill, release
+        tensors = [data for item in items if isinstance(data := planner.resolve_data(item), torch.Tensor)]
+        self._left = Counter(_storage(data) for data in tensors)
+        self._done: torch.Tensor | None = None
+        for data in tensors:  # so that one takes the memory of another, not memory that was never touched
+            release(data)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        self._end()
+        data = self._planner.resolve_data(write_item)
+        if isinstance(data, torch.Tensor):
+            self._fill(data)
+            self._done = data
+        return data
+
+    def skip(self, items: Iterable[WriteItem]) -> None:
+        """These are not written."""
+        for item in items:
+            data = self._planner.resolve_data(item)
+            self._done = data if isinstance(data, torch.Tensor) else None
+            self._end()
+
+    def _end(self) -> None:
+        if self._done is not None:
+            key = _storage(self._done)
+            self._left[key] -= 1
+            if not self._left[key]:
+                self._release(self._done)
+            self._done = None
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _split(items: list[WriteItem], sizes: Mapping[int, int], max_bytes: int) -> list[list[WriteItem]]:
@@ -230,8 +279,75 @@ def _quiet_loading() -> Iterator[None]:
         logging.disable(before)
 
 
-def load_tensors(state: dict[str, Any], directory: Path) -> None:
+class StoredTensors(FileSystemReader):
+    """Tensors of a distributed checkpoint that are read when they are asked for, by each rank alone; made by `load_tensors`."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._directory = directory
+        self._items: dict[int, list[ReadItem]] = {}
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._waiting: set[int] = set()
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        self._plan, self._planner = plan, planner
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                super().read_data(replace(plan, items=[item]), planner)
+            else:
+                self._items.setdefault(_storage(planner.resolve_tensor(item)), []).append(item)
+        self._waiting = set(self._items)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """These are what `fill` fills, whole: a part that the checkpoint does not have is zero."""
+        self._tensors = {_storage(tensor): tensor for tensor in tensors}
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Read the tensor that this one is, or is a view of, if it has not been read.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        key = _storage(tensor)
+        if key not in self._waiting:
+            return
+        self._waiting.remove(key)
+        whole = self._tensors[key]
+        if not whole.untyped_storage().size():
+            whole.untyped_storage().resize_(whole.nbytes)
+        items = self._items[key]
+        if sum(math.prod(item.lengths) for item in items) < whole.numel():
+            whole.zero_()
+        try:
+            super().read_data(replace(self._plan, items=items), self._planner).wait()
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self._directory} cannot be read: {reason_of(error)}; convert it again") from error
+        self._forget(items)
+
+    def _forget(self, items: list[ReadItem]) -> None:
+        """The page cache need not keep what this rank alone has read: the memory is better used for what is written."""
+        for item in items:
+            place = self.storage_data[item.storage_index]
+            with (self._directory / place.relative_path).open("rb") as file:
+                os.posix_fadvise(file.fileno(), place.offset, place.length, os.POSIX_FADV_DONTNEED)
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Give back the memory of the tensor that this one is, or is a view of; `fill` reads it again."""
+        key = _storage(tensor)
+        whole = self._tensors.get(key)
+        if whole is not None and key in self._items and whole.untyped_storage().size() == whole.nbytes:
+            whole.untyped_storage().resize_(0)
+            self._waiting.add(key)
+
+
+def load_tensors(state: dict[str, Any], directory: Path, *, deferred: bool = False) -> StoredTensors | None:
     """Fill the tensors of a sharded state in place: unlike `load_state`, without a second copy of any; all ranks call it.
+
+    Args:
+        deferred: check everything and read nothing yet; gives what reads them.
 
     A stored tensor that is larger or smaller than the state's is allowed where ``allow_shape_mismatch`` says so: what is common is read, the
     rest is zero.
@@ -246,13 +362,15 @@ def load_tensors(state: dict[str, Any], directory: Path) -> None:
         shapes_validation_sharded_tensors=[shard for shard in every if not shard.allow_shape_mismatch],
         allow_shape_mismatch_sharded_tensors={shard.key: shard for shard in every if shard.allow_shape_mismatch},
     )
+    reader = StoredTensors(directory) if deferred else FileSystemReader(directory)
     try:
         with _quiet_loading():
-            torch_checkpoint.load(mcore_to_pyt_state_dict(tensors, True), storage_reader=FileSystemReader(directory), planner=planner)
+            torch_checkpoint.load(mcore_to_pyt_state_dict(tensors, True), storage_reader=reader, planner=planner)
     except CheckpointException as error:
         raise CheckpointError(f"it cannot be read{_first_failure(error)}") from error
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {reason_of(error)}") from error
+    return reader if isinstance(reader, StoredTensors) else None
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

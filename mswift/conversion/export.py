@@ -1,8 +1,9 @@
 """Exporting: a megatron model spread over ranks to one HF directory, written by all of them, with no full model on any.
 
 Every rank makes the same plan (`export_plan`) from names and shapes. Then the tensor-parallel ranks of each pipeline stage walk its
-parameters in one order; the shards of a parameter meet on the rank that writes its file and nowhere else; data-parallel replicas share the
-files between them. The directory appears by one rename at the end, or not at all.
+parameters in one order, and each writes its rows or columns to their place in a file that one of them has made; only where a file holds a
+matrix in another order than its rows do the shards meet on one rank. Data-parallel replicas share the files between them. The directory
+appears by one rename at the end, or not at all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mswift.conversion.collective import ExportGroups, Spread, agree, any_failed, exchange, gather_shards
+from mswift.conversion.collective import ExportGroups, Spread, agree, any_failed, exchange, exchange_shards, gather_shards
 from mswift.conversion.coverage import fail_on, gap
 from mswift.conversion.directories import INDEX_FILE
 from mswift.conversion.export_plan import ExportParameter, ExportPlan, cast_of, held_by_places, plan_export
@@ -28,7 +29,7 @@ from mswift.conversion.formats.settings import QUANTIZATION_KEY
 from mswift.conversion.load import Progress
 from mswift.conversion.rules import AnyRule, Rule
 from mswift.conversion.safetensors_io import ShardWriter
-from mswift.conversion.shards import Axis, cut_sources
+from mswift.conversion.shards import Axis, cut_sources, source_slices
 from mswift.conversion.stacks import SlabWriter
 from mswift.conversion.staging import (
     SmallFile,
@@ -124,37 +125,41 @@ class _Walk:
         plan = replace(plan, files=[file for file in plan.files if file.name not in finished])
         self._plan, self._groups, self._dtype, self._progress = plan, groups, dtype, progress
         self._temporary = temporary
-        own = {(groups.place(axis), spread.replica, spread.shard) for axis, spread in groups.spreads.items()}
-        self._files = [file for file in plan.files if (file.place, file.replica, file.shard) in own]
-        self._helped = [file for file in plan.files if own & {(place, 0, 0) for place in file.helpers}]
+        spots = {groups.place(axis): spread for axis, spread in groups.spreads.items()}
+        self._files = [file for file in plan.files if file.place in spots and _makes(file, spots[file.place])]
+        self._joined = [file for file in plan.files if file not in self._files and _writes_into(file, spots)]
         self._writers: dict[str, ShardWriter] = {}  # by HF tensor
         self._slabs = SlabWriter()
         self._error: Exception | None = None
         self._stopped = False
-        self.done, self.total = 0, sum(file.nbytes // (1 + len(file.helpers)) for file in self._files + self._helped)
+        writers = {file.name: sum(groups.sizes[place][1] for place in (file.place, *file.helpers)) for file in plan.files}
+        self._shared = any(count > 1 for count in writers.values())
+        self.done, self.total = 0, sum(file.nbytes // writers[file.name] for file in self._files + self._joined)
 
     def run(self, parameters: Sequence[ExportParameter]) -> None:
-        """Write this rank's files, whole, and its rows of those that several ranks write. Collective; raises on every rank if one failed."""
+        """Write this rank's part of all files that it has a part of. Collective; raises on every rank if one failed."""
         with self._kept():
             self._open(self._files, join=False)
-        if self._plan.shares_files:
+        if self._shared:
             agree(self._error, self._groups)  # a file is there before others open it
             with self._kept():
-                self._open(self._helped, join=True)
+                self._open(self._joined, join=True)
         for axis in self._groups.spreads:
             self._walk(axis, [parameter for parameter in parameters if parameter.shard.axis == axis])
         self._close()
         agree(self._error, self._groups)
+        if self._progress is not None and self.done != self.total:  # of what all ranks hold, one writes all
+            self._progress(self.done, self.done)
 
     def _open(self, files: Iterable[OutFile], *, join: bool) -> None:
         for file in files:
-            writer = ShardWriter(self._temporary / f"{file.name}{_UNFINISHED}", file.specs, join=join, shared=bool(file.helpers))
+            writer = ShardWriter(self._temporary / f"{file.name}{_UNFINISHED}", file.specs, join=join)
             self._writers.update(dict.fromkeys(file.specs, writer))
 
     def _close(self) -> None:
         writers = list(dict.fromkeys(self._writers.values()))
         others: list[dict[str, int]] = []
-        if self._plan.shares_files:
+        if self._shared:
             others = exchange({name: count for writer in writers if writer.joined for name, count in writer.written.items()}, self._groups)
         for writer in writers:
             with self._kept():
@@ -180,15 +185,34 @@ class _Walk:
         """The parameters of one axis, up to the first failure in the group that shares them."""
         spread, place = self._groups.spreads[axis], self._groups.place(axis)
         rules, shard_of = self._plan.rules[place], self._plan.writers_of(place, spread.replica)
-        for parameter in parameters:
-            rule = rules.get(parameter.name)
-            owners = sorted({shard_of[name] for name in rule.sources if name in shard_of}) if rule else []
-            if rule and owners and not self._step(parameter, rule, owners, spread):
+        steps = [(parameter, rule) for parameter in parameters if (rule := rules.get(parameter.name)) and shard_of.keys() & rule.sources]
+        alone = [file for file in self._plan.files if (file.place, file.replica) == (place, spread.replica) and not file.helpers]
+        file_of = {name: file for file in alone for name in file.specs}
+        left = Counter(file_of[name].name for _, rule in steps for name in rule.sources if name in file_of)
+        for parameter, rule in steps:
+            going_on = self._step(parameter, rule, shard_of, spread)
+            for name in rule.sources if going_on else ():
+                if name in file_of:
+                    left[file_of[name].name] -= 1
+                    going_on = going_on and (left[file_of[name].name] > 0 or self._end_together(file_of[name], spread))
+            if not going_on:
                 self._stopped = True  # told to the other group at its first step
                 return
 
-    def _step(self, parameter: ExportParameter, rule: Rule, owners: list[int], spread: Spread) -> bool:
-        """Bring one parameter to the ranks that write it; False if a rank of the group has failed."""
+    def _end_together(self, file: OutFile, spread: Spread) -> bool:
+        """End a file whose last tensor has been written; False if a rank of the group has failed."""
+        writer = self._writers.get(next(iter(file.specs)))
+        counts = exchange_shards(None if self._error is not None or writer is None else writer.written, spread)
+        if writer is None or any(count is None for count in counts):
+            return False
+        for name in file.specs:
+            del self._writers[name]
+        with self._kept():
+            self._end(writer, [count for number, count in enumerate(counts) if number != spread.shard and count is not None])
+        return True
+
+    def _step(self, parameter: ExportParameter, rule: Rule, shard_of: Mapping[str, int], spread: Spread) -> bool:
+        """Write one parameter; False if a rank of the group has failed."""
         value = torch.empty(0)
         with self._kept():
             value = parameter.value()
@@ -197,14 +221,33 @@ class _Walk:
             value = value.to(cast_of(parameter.dtype, self._dtype))
         if any_failed(self._stopped or self._error is not None, spread):
             return False
-        for owner in owners:
-            shards = gather_shards(value, parameter.shard.dim, owner, spread)
-            if shards:
-                with self._kept():
-                    self._write(rule, parameter, shards)
+        if rule.stack is None or rule.stack.plain:
+            with self._kept():
+                self._write_part(rule, parameter, value, shard_of, spread)
+        else:
+            for owner in sorted({shard_of[name] for name in rule.sources if name in shard_of}):
+                shards = gather_shards(value, parameter.shard.dim, owner, spread)
+                if shards:
+                    with self._kept():
+                        self._write_slabs(rule, parameter, shards)
+        with self._kept():
+            parameter.release()
+        if self._progress is not None:
+            self._progress(self.done, max(self.done, self.total))
         return True
 
-    def _write(self, rule: Rule, parameter: ExportParameter, shards: list[torch.Tensor]) -> None:
+    def _write_part(self, rule: Rule, parameter: ExportParameter, value: torch.Tensor, shard_of: Mapping[str, int], spread: Spread) -> None:
+        """This rank's rows or columns; all of a parameter that every rank holds, where the rank has made the file."""
+        shape, whole = parameter.whole.shape, parameter.shard.dim is None
+        for part in source_slices(rule.pieces(rule.source_shapes(shape)), parameter.shard, shape, rule.parts, rule.source_columns):
+            if part.source is None or part.source not in self._writers or (whole and shard_of[part.source] != spread.shard):
+                continue
+            rows = value[part.at : part.at + part.rows]
+            if part.columns is not None:
+                rows = rows[:, : part.columns[1] - part.columns[0]]
+            self.done += self._writers[part.source].write(part.source, rows, part.start, part.columns)
+
+    def _write_slabs(self, rule: Rule, parameter: ExportParameter, shards: list[torch.Tensor]) -> None:
         shapes = rule.source_shapes(parameter.whole.shape)
         dim = parameter.shard.dim if len(shards) > 1 else None
         for source, row, values in cut_sources(rule.pieces(shapes), shards, dim, rule.parts, rule.source_columns):
@@ -212,12 +255,17 @@ class _Walk:
             if writer is not None:
                 for first, ready in self._slabs.add(source, rule.stack, shapes[source], row, values):
                     self.done += writer.write(source, ready, first)
-                if writer.complete and not writer.shared:
-                    for name in writer.written:
-                        del self._writers[name]
-                    self._end(writer)
-        if self._progress is not None:
-            self._progress(self.done, self.total)
+
+
+def _makes(file: OutFile, spread: Spread) -> bool:
+    """Whether a rank that stands there in the file's place is the one that makes it."""
+    return (file.replica, file.shard) == (spread.replica, spread.shard)
+
+
+def _writes_into(file: OutFile, spots: Mapping[int, Spread]) -> bool:
+    """Whether a rank that stands there holds a part of the file's tensors."""
+    own = file.place in spots and spots[file.place].replica == file.replica
+    return own or any(place in spots and spots[place].replica == 0 for place in file.helpers)
 
 
 def _begin(

@@ -26,6 +26,7 @@ class ExportParameter:
         name: in the whole model. shape, dtype: of the local part. shard: which part it is.
         value: gives the local tensor; runs on all tensor-parallel ranks in one order, so it may communicate among them. A merged LoRA
             weight is computed here, and freed once written; where it is wider than what is written, it is rounded once.
+        release: called when its value is not needed any more; it may be asked for again.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ExportParameter:
     dtype: torch.dtype
     shard: Shard
     value: Callable[[], torch.Tensor]
+    release: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, parameter: LocalParameter) -> ExportParameter:
@@ -60,11 +62,6 @@ class ExportPlan:
     @property
     def num_tensors(self) -> int:
         return sum(len(file.specs) for file in self.files)
-
-    @property
-    def shares_files(self) -> bool:
-        """Whether ranks of several places write into one file."""
-        return any(file.helpers for file in self.files)
 
     def digest(self) -> str:
         """The same for two plans that write the same files."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from mswift.conversion.directories import SINGLE_FILE
 from mswift.conversion.safetensors_io import TensorSpec
 
+_WORTH = 256 * 10**6  # bytes of a file that is made for another process to write
+
 
 @dataclass(frozen=True, slots=True)
 class OutFile:
@@ -44,6 +46,8 @@ def split_by_size(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[dict[
 def plan_files(places: Sequence[Mapping[str, TensorSpec]], max_bytes: int, sizes: Sequence[tuple[int, int]] | None = None) -> list[OutFile]:
     """The files of a model; a file belongs to one place, and a place's files go round its replicas, then its shards.
 
+    What is worth it is split in as many files as there are replicas, for a replica writes whole files.
+
     Args:
         places: for each place the HF tensors that it makes, in order; a tensor of several places goes into a file of the first.
         sizes: (replicas, shards) of each place; None: one of each.
@@ -53,7 +57,8 @@ def plan_files(places: Sequence[Mapping[str, TensorSpec]], max_bytes: int, sizes
         for name in tensors:
             makers.setdefault(name, []).append(place)
     own = [{name: spec for name, spec in tensors.items() if makers[name][0] == place} for place, tensors in enumerate(places)]
-    groups = [(place, specs) for place, tensors in enumerate(own) for specs in split_by_size(tensors, max_bytes)]
+    limits = [_limit(tensors, max_bytes, sizes[place][0] if sizes else 1) for place, tensors in enumerate(own)]
+    groups = [(place, specs) for place, tensors in enumerate(own) for specs in split_by_size(tensors, limits[place])]
     files: list[OutFile] = []
     for number, (place, specs) in enumerate(groups, start=1):
         num_replicas, num_shards = sizes[place] if sizes else (1, 1)
@@ -62,6 +67,14 @@ def plan_files(places: Sequence[Mapping[str, TensorSpec]], max_bytes: int, sizes
         helpers = sorted({other for tensor in specs for other in makers[tensor][1:]})
         files.append(OutFile(name, place, replica, shard % num_shards, specs, tuple(helpers)))
     return files
+
+
+def _limit(specs: Mapping[str, TensorSpec], max_bytes: int, num_replicas: int) -> int:
+    """The size of a file, such that every replica has one if it is worth it."""
+    whole = sum(spec.nbytes for spec in specs.values())
+    if num_replicas == 1 or whole < num_replicas * _WORTH:
+        return max_bytes
+    return min(max_bytes, -(-whole // num_replicas) + max(spec.nbytes for spec in specs.values()))
 
 
 def index_of(files: Sequence[OutFile]) -> dict[str, object]:

@@ -58,11 +58,17 @@ class LoadPlan:
 
     Args:
         left_out: how many tensors of the whole checkpoint are dropped although something is lost, by what they are.
+
+    Attributes:
+        once: nothing of the checkpoint will be read again soon, so that the page cache need not keep it: a conversion's memory is better used
+            for what it writes.
     """
 
     def __init__(self, tasks: list[_Task], reader: TensorReader, left_out: dict[str, int]) -> None:
+        self.once = False
         self._tasks, self.reader, self.left_out = tasks, reader, left_out
-        self._waiting = {task.parameter.tensor.untyped_storage().data_ptr(): task for task in tasks if task.parameter.tensor.numel()}
+        self._by_storage = {_key(task.parameter.tensor): task for task in tasks if task.parameter.tensor.numel()}
+        self._waiting = set(self._by_storage)
         self.total, self.done = sum(task.nbytes(reader) for task in tasks), 0
 
     def stored_in(self, dtype: torch.dtype) -> set[str]:
@@ -71,10 +77,27 @@ class LoadPlan:
 
     def fill(self, tensor: torch.Tensor) -> None:
         """Read the parameter that ``tensor`` is, or is a view of, if it has not been read before."""
-        task = self._waiting.pop(tensor.untyped_storage().data_ptr(), None)
-        if task is not None:
-            fill(task.parameter.tensor, task.slices, self.reader, task.stack)
+        key = _key(tensor)
+        if key in self._waiting:
+            self._waiting.remove(key)
+            task = self._by_storage[key]
+            whole = task.parameter.tensor
+            if not whole.untyped_storage().size():
+                whole.untyped_storage().resize_(whole.nbytes)
+            fill(whole, task.slices, self.reader, task.stack)
             self.done += task.nbytes(self.reader)
+            if self.once:
+                for part in task.slices:
+                    if part.source is not None and part.columns is None and task.stack is None:  # other ranks may read the rest of these rows
+                        self.reader.forget(part.source, slice(part.start, part.stop))
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Give back the memory of the parameter that ``tensor`` is, or is a view of; `fill` reads it again."""
+        key = _key(tensor)
+        task = self._by_storage.get(key)
+        if task is not None and task.parameter.tensor.untyped_storage().size() == task.parameter.tensor.nbytes:  # not a part of a larger one
+            task.parameter.tensor.untyped_storage().resize_(0)
+            self._waiting.add(key)
 
     def fill_all(self, progress: Progress | None = None) -> LoadReport:
         """Read all that is left; ``progress`` is called after every parameter."""
@@ -88,6 +111,11 @@ class LoadPlan:
         ]
         counts = {cast: casts.count(cast) for cast in sorted(set(casts))}
         return LoadReport(len(self._tasks), self.done, time.perf_counter() - begun, counts)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    """The same for all views of one storage, with memory and without."""
+    return tensor.untyped_storage()._cdata
 
 
 def load_weights(

@@ -121,6 +121,10 @@ class QuantisedReader(TensorReader):
             values = weight.read(self._stored, height, width)
             out[height[0] - top : height[1] - top, width[0] - left : width[1] - left].copy_(values)
 
+    def forget(self, name: str, rows: slice | None = None) -> None:
+        if name not in self._weights:
+            self._stored.forget(name, rows)
+
     def close(self) -> None:
         self._stored.close()
 

@@ -6,6 +6,7 @@ rather than a crash, and network file systems read ahead. What a directory holds
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -68,8 +69,10 @@ class TensorSpec:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, as bytes."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    """The memory of a contiguous tensor on the CPU, as bytes; the tensor lives as long as they do."""
+    array = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())  # a view through NumPy would end all resizing of its storage
+    array.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
 
 
 class SafetensorsFile:
@@ -118,6 +121,12 @@ class SafetensorsFile:
         for index in range(runs):
             self._read_exactly(view[index * run : (index + 1) * run], begin + index * step + skip)
 
+    def forget(self, name: str, rows: slice | None = None) -> None:
+        """Let the page cache have the memory of rows that will not be read again."""
+        spec = self.specs[name]
+        first, last = _span(rows, spec.shape[0] if spec.shape else 1)
+        os.posix_fadvise(self._file.fileno(), self._offsets[name] + first * spec.row_bytes, (last - first) * spec.row_bytes, os.POSIX_FADV_DONTNEED)
+
     def _read_exactly(self, view: memoryview, offset: int) -> None:
         while view:
             try:
@@ -163,6 +172,10 @@ class TensorReader(ABC):
         Raises:
             ModelError: the file cannot be read, or what it holds is no number.
         """
+
+    @abstractmethod
+    def forget(self, name: str, rows: slice | None = None) -> None:
+        """These rows will not be read again: a reader may drop what it, or the system, keeps of them."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -237,6 +250,9 @@ class CheckpointReader(TensorReader):
         """`SafetensorsFile.read_into` of whichever file holds the tensor."""
         self._where[name].read_into(name, out, rows, columns)
 
+    def forget(self, name: str, rows: slice | None = None) -> None:
+        self._where[name].forget(name, rows)
+
     def read_as(self, name: str, shape: Shape, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:  # of any shape
         """`read` of a tensor taken as if it had another shape, of as many elements."""
         out = torch.empty(sliced_shape(shape, rows, columns), dtype=self.dtype(name))
@@ -256,16 +272,13 @@ class ShardWriter:
     Args:
         path: is created or replaced. specs: all tensors of the file; larger element types come first, so that all are aligned.
         join: the file is another process's, made with the same specs; rows are written into it, and that process checks that all are there.
-        shared: other processes join.
 
     Raises:
         ConversionError: the disk is full or the file cannot be written; a tensor that does not fit its spec; rows left unwritten.
     """
 
-    def __init__(
-        self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None, *, join: bool = False, shared: bool = False
-    ) -> None:
-        self.path, self.joined, self.shared = path, join, shared
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None, *, join: bool = False) -> None:
+        self.path, self.joined = path, join
         order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)  # stable: names of one type keep their order
         self._specs = {name: specs[name] for name in order}
         header, self._offsets, size = _layout(self._specs, METADATA if metadata is None else metadata)
@@ -283,25 +296,29 @@ class ShardWriter:
             self.discard()
             raise self._failed(error) from None
 
-    def write(self, name: str, tensor: torch.Tensor, start_row: int = 0) -> int:
-        """Put ``tensor`` at row ``start_row`` of ``name``; any device, the dtype of the spec, dims as in `TensorSpec.flat`. Returns the bytes."""
+    def write(self, name: str, tensor: torch.Tensor, start_row: int = 0, columns: tuple[int, int] | None = None) -> int:
+        """Put ``tensor`` at row ``start_row`` of ``name``; any device, the dtype of the spec, dims as in `TensorSpec.flat`. Returns the bytes.
+
+        Args:
+            columns: ``[start, stop)`` of dim 1, which the tensor has of each row; None: all of them.
+        """
         spec = self._specs[name].flat(tensor.dim())
-        rows = tuple(tensor.shape[:1])
-        if tensor.dtype != spec.dtype or tensor.shape[1:] != spec.shape[1:] or start_row + sum(rows) > sum(spec.shape[:1]):
+        rows, low, high = tuple(tensor.shape[:1]), *(columns or (0, sum(spec.shape[1:2])))
+        fits = tensor.shape[1:2] == (high - low,) * len(spec.shape[1:2]) and high <= sum(spec.shape[1:2]) and tensor.shape[2:] == spec.shape[2:]
+        if tensor.dtype != spec.dtype or not fits or start_row + sum(rows) > sum(spec.shape[:1]):
             got = f"{tensor.dtype} {tuple(tensor.shape)} at row {start_row}"
             raise ConversionError(f"{self.path}: {name} wants {spec.dtype} {spec.shape}, got {got}; the model and its rules disagree")
         view = bytes_of(tensor.detach().cpu().contiguous())
+        runs = 1 if tensor.shape[1:] == spec.shape[1:] else len(tensor)
+        begin = self._offsets[name] + start_row * spec.row_bytes + low * (spec.row_bytes // max(1, sum(spec.shape[1:2])))
+        length = view.nbytes // max(1, runs)
         try:
-            self._write_all(view, self._offsets[name] + start_row * spec.row_bytes)
+            for index in range(runs):
+                self._write_all(view[index * length : (index + 1) * length], begin + index * spec.row_bytes)
         except OSError as error:
             raise self._failed(error) from None
         self.written[name] += view.nbytes
         return view.nbytes
-
-    @property
-    def complete(self) -> bool:
-        """Whether this process has written every byte."""
-        return all(count == self._specs[name].nbytes for name, count in self.written.items())
 
     def _write_all(self, view: memoryview, offset: int) -> None:
         while view:

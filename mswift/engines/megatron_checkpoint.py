@@ -23,7 +23,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from mswift.conversion.coverage import fail_on, gap, rules_by_target
 from mswift.conversion.directories import ADAPTER_CONFIG_FILE, CONFIG_FILE, MCORE_FILE, MCORE_WEIGHTS, megatron_weights, read_json
-from mswift.conversion.dist_checkpoint import PartsWriter, load_tensors, save_state, stored_shapes
+from mswift.conversion.dist_checkpoint import PartsWriter, StoredTensors, load_tensors, save_state, stored_shapes
 from mswift.conversion.export import plain_config
 from mswift.conversion.load import LocalParameter, Progress, gather_names
 from mswift.conversion.staging import TextFile, begin_draft, check_space, check_target, draft_of, parse_size, publish, put_files, stamp_of
@@ -83,7 +83,8 @@ def write_checkpoint(
             check_space(draft, int(own) // (model.groups.layout.dp * model.groups.layout.cp) - written)
 
     agree(attempt(begin), f"writing {directory}")
-    writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model.ensure, progress)
+    writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model.ensure, model.release, progress)
+    names = gather_names(shard.key for shard in _shards(_sharded(model)))
     described = _sharded(model)
     for chunk in described.values():
         add_extra_states(chunk)
@@ -102,7 +103,6 @@ def write_checkpoint(
     agree(attempt(lambda: _finish(draft, directory, texts, model.tokenizer_files())), f"writing {directory}")
     figures = torch.tensor([writer.bytes, writer.num_files, writer.reused])
     dist.all_reduce(figures)
-    names = gather_names(shard.key for shard in _shards(_sharded(model)))
     nbytes, files, reused = (int(figure) for figure in figures)
     return WriteReport(directory, len(names), nbytes, files, reused)
 
@@ -128,19 +128,22 @@ def wider_names(directory: Path) -> set[str]:
     return set(read_json(note).get("held_wider", ())) if note.is_file() else set()
 
 
-def read_checkpoint(model: MegatronModel, parameters: list[LocalParameter]) -> None:
+def read_checkpoint(model: MegatronModel, parameters: list[LocalParameter], *, deferred: bool = False) -> StoredTensors | None:
     """Fill the model from its directory; all ranks call it.
 
     Args:
-        parameters: all of this rank, with their names in the whole model.
+        parameters: all of this rank, with their names in the whole model. deferred: read nothing yet; gives what reads them.
 
     Raises:
         CheckpointError: unreadable, or not of this model.
     """
-    _fill(model, model.settings.directory, _padded(model, parameters))
+    stored = _fill(model, model.settings.directory, _padded(model, parameters), deferred=deferred)
+    if stored is not None:
+        stored.keep(parameter.tensor for parameter in parameters)
+    return stored
 
 
-def _fill(model: MegatronModel, directory: Path, padded: set[int]) -> None:
+def _fill(model: MegatronModel, directory: Path, padded: set[int], *, deferred: bool = False) -> StoredTensors | None:
     """Read base or adapter in place. `padded`: storages that may be longer or shorter in the file, by zeros."""
     folder = megatron_weights(directory)
     stored = {key: shape for key, shape in stored_shapes(folder).items() if not key.startswith(FOREIGN)}
@@ -168,7 +171,7 @@ def _fill(model: MegatronModel, directory: Path, padded: set[int]) -> None:
         if tuple(shard.global_shape) != stored[shard.key] and base in padded:
             shard.allow_shape_mismatch = True
     try:
-        load_tensors(state, folder)
+        return load_tensors(state, folder, deferred=deferred)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}; convert it again") from error
 

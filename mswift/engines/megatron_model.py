@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from mswift.conversion.collective import ExportGroups, Spread
 from mswift.conversion.coverage import rules_by_target
 from mswift.conversion.directories import CONFIG_FILE, is_megatron, read_json
+from mswift.conversion.dist_checkpoint import StoredTensors
 from mswift.conversion.export import ExportReport, export_model
 from mswift.conversion.export_plan import ExportParameter
 from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, gather_names, plan_load
@@ -61,7 +62,7 @@ class BuildSettings:
         directory: Hugging Face directory. dtype: ``bfloat16``, ``float32`` or None for the checkpoint's own.
         sequence_parallel: split activations over tensor-parallel ranks between the products.
         allow_unknown_config: go on where config.json has fields that may change the model and that its family does not read.
-        deferred: leave reading the weights of a Hugging Face directory to `MegatronModel.ensure`.
+        deferred: leave reading the weights to `MegatronModel.ensure`.
         further: also the layers that predict further ahead (MTP), which are all or none; without them an export copies those of a Hugging Face
             directory as they are.
         transformer: further TransformerConfig fields (recomputation).
@@ -109,20 +110,28 @@ class MegatronModel:
         self.unread: dict[str, int] = {}
         self.tokenizer_directory, self.beside = settings.directory, list[TextFile]()
         self._plan: LoadPlan | None = None
+        self._later: LoadPlan | StoredTensors | None = None
         local = self._local_parameters()
         if is_megatron(settings.directory):
-            read_checkpoint(self, local)
+            self._later = read_checkpoint(self, local, deferred=settings.deferred)
             self.held_wider = wider_names(settings.directory)
         else:
             self._plan = plan_load(local, self.rules, open_checkpoint(settings.directory), model_parameters=all_names(local))
             self.held_wider = self._plan.stored_in(self.dtype)
-            if not settings.deferred:
+            if settings.deferred:
+                self._plan.once, self._later = True, self._plan
+            else:
                 self._plan.fill_all(progress)
 
     def ensure(self, tensor: torch.Tensor) -> None:
         """Read the weights of a parameter, or of a view of it, now if that was `deferred`."""
-        if self._plan is not None:
-            self._plan.fill(tensor)
+        if self._later is not None:
+            self._later.fill(tensor)
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Give back the memory of a parameter that `ensure` has read, or would read, if reading was `deferred`."""
+        if self._later is not None:
+            self._later.release(tensor)
 
     @property
     def padded_heads(self) -> str:
@@ -299,10 +308,19 @@ class MegatronModel:
             return merged[name].merged_weight() if name in merged else parameter.detach()
 
         parameters = [
-            ExportParameter(name, tuple(parameter.shape), self._stored_dtype(name, parameter), shard, functools.partial(value, name, parameter))
+            ExportParameter(
+                name,
+                tuple(parameter.shape),
+                self._stored_dtype(name, parameter),
+                shard,
+                functools.partial(value, name, parameter),
+                functools.partial(self.release, parameter),
+            )
             for chunk in self.chunks
             for name, parameter, shard in base_parameters(chunk, self.groups)
         ]
+        for parameter in parameters:  # so that one takes the memory of another, not memory that was never touched
+            parameter.release()
         carried, carried_rules = further.carried(self, value, own_head=own_head)
         source = None
         if keep:

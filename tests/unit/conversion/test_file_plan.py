@@ -84,7 +84,6 @@ def test_a_tensor_of_two_places_has_one_file_that_both_write() -> None:
     rules = [Half("a", "x"), Half("b", "x")]
     assert plan_export([{"a": spec(2), "b": spec(2)}], rules).files[0].specs == {"x": spec(4)}
     plan = plan_export([{"a": spec(2)}, {"b": spec(2)}], rules, sizes=[(2, 2), (2, 2)])
-    assert plan.shares_files
     assert [(file.place, file.replica, file.shard, file.helpers, file.specs) for file in plan.files] == [(0, 0, 0, (1,), {"x": spec(4)})]
     assert plan.writers_of(0, 0) == plan.writers_of(1, 0) == {"x": 0}
     assert plan.writers_of(0, 1) == plan.writers_of(1, 1) == {}
