@@ -109,6 +109,29 @@ def megatrons_own(rank: int, world: int, source: Path, checkpoint: Path) -> list
     return [name for name, value in read.items() if not torch.equal(value, own[name])]
 
 
+def read_in_turn(rank: int, world: int, run: Run) -> list[str]:
+    """The parameters that are not the same when each is read when it is asked for, and of which more than one is in memory."""
+    whole, lazy = dict(open_model(run, world).named_tensors()), open_model(run, world, deferred=True)
+    held = dict(lazy.named_tensors())
+    for tensor in held.values():
+        lazy.release(tensor)
+    wrong = []
+    for name, tensor in [*held.items(), *held.items()]:
+        lazy.ensure(tensor)
+        own = sum({other.untyped_storage()._cdata: other.untyped_storage().size() for other in held.values()}.values()) == tensor.nbytes
+        if not own or not torch.equal(tensor, whole[name]):
+            wrong.append(name)
+        lazy.release(tensor)
+    return wrong
+
+
+@pytest.mark.parametrize("case", ["llama/tied", "qwen3_moe/plain"])
+def test_each_tensor_is_read_when_it_is_asked_for(case: str, models: dict[str, Path], tmp_path: Path) -> None:
+    run_distributed(to_megatron, 1, [Trip(Run(models[case]), tmp_path / "megatron")])
+    for directory in (models[case], tmp_path / "megatron"):
+        assert run_distributed(read_in_turn, 2, Run(directory, **SP2)) == [[], []]
+
+
 def test_megatron_core_reads_it_by_itself(models: dict[str, Path], tmp_path: Path) -> None:
     run_distributed(to_megatron, 2, [Trip(Run(models["llama/plain"], pp=2), tmp_path / "m")], timeout=120)
     assert (tmp_path / "m" / "latest_checkpointed_iteration.txt").read_text() == "release\n"
@@ -160,17 +183,17 @@ def resumed(rank: int, world: int, run: Run, target: Path, form: str) -> tuple[i
     return convert(run, world, target, form, lambda: read.append(1), resume=True), len(read)
 
 
-@pytest.mark.parametrize("form", ["mcore", "hf"])
-def test_a_killed_conversion_goes_on_where_it_was(form: str, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "tp"), [("mcore", 1), ("hf", 1), ("hf", 2)])
+def test_a_killed_conversion_goes_on_where_it_was(form: str, tp: int, models: dict[str, Path], tmp_path: Path) -> None:
     source, target = models["phi3/plain"], tmp_path / "out"
     with pytest.raises(RankError):
-        run_distributed(killed, 1, Run(source), target, form, 14)
+        run_distributed(killed, tp, Run(source, tp=tp), target, form, 14)
     assert not target.exists()
     draft = tmp_path / ".out.partial"
     stamps = {path: path.stat().st_mtime_ns for path in finished(target, form)}
     assert len(stamps) >= 2
     tensors = len(run_distributed(names_of, 1, Run(source))[0])
-    reused, read = run_distributed(resumed, 1, Run(source), target, form)[0]
+    reused, read = run_distributed(resumed, tp, Run(source, tp=tp), target, form)[0]
     assert reused == len(stamps)
     assert 0 < read < tensors
     if form == "mcore":

@@ -39,6 +39,19 @@ def test_files_go_round_the_ranks(tensors_of_stage: list[int], num_replicas: int
         assert {name for file in files if file.place == stage for name in file.specs} == set(stages[stage])
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=60), st.integers(1, 5))
+def test_replicas_share_what_is_worth_it(sizes: list[int], num_replicas: int) -> None:
+    specs = {str(index): spec(size, 10**7) for index, size in enumerate(sizes)}
+    whole, largest = sum(sizes) * 10**7, max(sizes) * 10**7
+    files = plan_files([specs], 10**12, [(num_replicas, 1)])
+    if whole < num_replicas * 256 * 10**6:
+        assert len(files) == 1
+    else:
+        assert len(files) <= num_replicas
+        assert max(file.nbytes for file in files) <= whole / num_replicas + largest + 1
+    assert [name for file in files for name in file.specs] == list(specs)
+
+
 def test_one_file_has_the_plain_name() -> None:
     assert plan_files([{"a": spec(3)}], 100) == [OutFile("model.safetensors", 0, 0, 0, {"a": spec(3)})]
     files = plan_files([{"a": spec(3)}, {"b": spec(4)}], 100)

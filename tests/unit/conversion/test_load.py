@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mswift.conversion.load import LoadReport, LocalParameter, all_names, load_weights
+from mswift.conversion.load import LoadReport, LocalParameter, all_names, load_weights, plan_load
 from mswift.conversion.rules import Drop, Rename
 from mswift.conversion.safetensors_io import CheckpointReader
 from mswift.conversion.shards import Shard
@@ -57,6 +57,33 @@ def test_only_the_needed_bytes_are_read(tmp_path: Path) -> None:
     assert done[-1] == (report.bytes, report.bytes)
     assert len(done) == len(wanted)
     assert done == sorted(done)
+
+
+def test_one_parameter_has_memory_at_a_time(tmp_path: Path) -> None:
+    model = Model()
+    hf = model.tensors()
+    wanted = model.megatron(hf, 1, 2)
+    parameters = local_parameters(wanted, 1, 2)
+    with CheckpointReader(write_checkpoint(tmp_path, hf)) as reader:
+        plan = plan_load(parameters, model.rules(), reader)
+        views = [parameter.tensor[1:] for parameter in parameters]
+        for view in views:
+            plan.release(view)
+        held = [parameter.tensor.untyped_storage() for parameter in parameters]
+        assert [storage.size() for storage in held] == [0] * len(held)
+        for parameter, view in zip(parameters, views, strict=True):
+            for _ in range(2):
+                plan.fill(view)
+                plan.fill(parameter.tensor)
+                assert equal_bits({"": parameter.tensor}, {"": wanted[parameter.name]})
+                assert sum(storage.size() for storage in held) == parameter.tensor.nbytes
+                plan.release(parameter.tensor)
+        larger = torch.zeros(2, *parameters[0].tensor.shape, dtype=parameters[0].tensor.dtype)
+        part = replace(parameters[0], tensor=larger[0])
+        plan = plan_load([part, *local_parameters(wanted, 1, 2)[1:]], model.rules(), reader)
+        plan.fill(part.tensor)
+        plan.release(part.tensor)  # its memory is not its own
+        assert equal_bits({"": larger[0]}, {"": wanted[part.name]})
 
 
 def test_casts_are_said(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -205,11 +206,43 @@ def test_rows_in_any_order(tmp_path: Path) -> None:
     assert torch.equal(safetensors.torch.load_file(tmp_path / "x.safetensors")["x"], tensor)
 
 
+@given(rows=st.integers(1, 5), columns=st.integers(1, 7), rest=st.sampled_from([(), (2,)]), data=st.data())
+def test_columns_from_several_writers(rows: int, columns: int, rest: tuple[int, ...], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, columns))
+    tensor = torch.randint(-99, 99, (rows, columns, *rest), dtype=torch.int16)
+    specs = {"w": TensorSpec(torch.float32, (1,)), "x": TensorSpec(torch.int16, tuple(tensor.shape))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        writer = ShardWriter(path, specs)
+        other = ShardWriter(path, specs, join=True)
+        writer.write("w", torch.ones(1))
+        assert other.write("x", tensor[:, cut:], columns=(cut, columns)) == tensor[:, cut:].nbytes
+        writer.write("x", tensor[:, :cut], columns=(0, cut))
+        other.close()
+        writer.close([other.written])
+        assert torch.equal(safetensors.torch.load_file(path)["x"], tensor)
+
+
+def test_what_is_forgotten_is_read_again(tmp_path: Path) -> None:
+    tensor = torch.randn(700, 30)
+    save_file(tmp_path / "model.safetensors", {"x": tensor})
+    (tmp_path / "config.json").write_text("{}")
+    with CheckpointReader(tmp_path) as reader:
+        assert torch.equal(reader.read("x"), tensor)
+        reader.forget("x", slice(100, 500))
+        reader.forget("x")
+        assert torch.equal(reader.read("x", slice(50, 650)), tensor[50:650])
+
+
 def test_a_writer_that_is_misused_leaves_no_file(tmp_path: Path) -> None:
     path, specs = tmp_path / "x.safetensors", {"x": TensorSpec(torch.float32, (4, 3))}
     for tensor, row in ((torch.zeros(4, 3, dtype=torch.bfloat16), 0), (torch.zeros(4, 2), 0), (torch.zeros(2, 3), 3)):
         with pytest.raises(ConversionError, match="x wants"), ShardWriter(path, specs) as writer:
             writer.write("x", tensor, row)
+        assert not path.exists()
+    for width, columns in ((2, (0, 3)), (2, (2, 4)), (3, (0, 2))):
+        with pytest.raises(ConversionError, match="x wants"), ShardWriter(path, specs) as writer:
+            writer.write("x", torch.zeros(4, width), 0, columns)
         assert not path.exists()
     with pytest.raises(ConversionError, match=r"1 incomplete tensor \(x\)"), ShardWriter(path, specs) as writer:
         writer.write("x", torch.zeros(3, 3))
