@@ -137,16 +137,22 @@ Tensor product(const Tensor& x_, at::TensorList weights_, const Tensor& counts, 
     biases.push_back(bias.to(at::kFloat).contiguous());
   }
   TORCH_CHECK(biases.empty() || (!columns && static_cast<int64_t>(biases.size()) == groups), "biases: wanted one a group, got ", biases.size());
-  const Tensor rows = x_.contiguous(), low = low_ ? low_->contiguous() : Tensor();
-  const Tensor x = low_ ? rows : masked(rows, offsets, masks);
+  const Tensor x = x_.contiguous(), low = low_ ? low_->contiguous() : Tensor();
   Tensor out = at::empty({x.size(0), width}, x.options());
   auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
   const std::vector<Task> tasks = tasks_of(offsets, depth, width);
   run_tasks(static_cast<int64_t>(tasks.size()), [&](const auto& next) {
+    std::vector<uint16_t> kept;  // rows of x after dropout: a task's at a time, which stay in the cache
     for (int64_t i = next(); i >= 0; i = next()) {
       const Task& t = tasks[i];
       const int64_t first = offsets[t.group] + t.first, last = std::min(width, t.column + kStrip);
-      const Factors base = weights.with(x, first, t.group), adapter = low_ ? up.with(low, first, t.group) : Factors{nullptr, 0, nullptr, 0, 0};
+      Factors base = weights.with(x, first, t.group);
+      if (masks.threshold && !low_) {
+        kept.resize(t.rows * depth);
+        masked_rows(base.x, depth, t.rows, depth, masks.of(t.group, t.first), kept.data());
+        base.x = kept.data();
+      }
+      const Factors adapter = low_ ? up.with(low, first, t.group) : Factors{nullptr, 0, nullptr, 0, 0};
       const Output output{to + first * width, width, biases.empty() ? nullptr : biases[t.group].const_data_ptr<float>(), static_cast<float>(alpha)};
       if (columns)
         by_columns(base, adapter, low_ ? masks.of(t.group, t.first) : Mask{}, output, t.rows, t.column, last);

@@ -30,6 +30,7 @@ from mswift.log import get_logger, is_main_process
 if TYPE_CHECKING:
     from mswift.data.batches import StepSource
     from mswift.engines.megatron import MegatronEngine
+    from mswift.engines.megatron_model import MegatronModel
     from mswift.train.folders import RunIdentity
     from mswift.train.state import Callback, TrainState
 
@@ -144,7 +145,8 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
         recompute |= {"recompute_method": train.recompute_method, "recompute_num_layers": train.recompute_num_layers}
     if train.mtp_num_layers is not None:
         recompute["mtp_loss_scaling_factor"] = train.mtp_loss_scaling_factor
-    model = load_model(session, config.model, config.parallel, further=train.mtp_num_layers is not None, **recompute)
+    quantised = config.quant.quant_bits is not None
+    model = load_model(session, config.model, config.parallel, deferred=quantised, further=train.mtp_num_layers is not None, **recompute)
     found = model.description.built_further
     if train.mtp_num_layers not in (None, found):
         raise ConfigError(f"--mtp_num_layers is {train.mtp_num_layers}, but {session.directory} has {found} of them; give that number, or none")
@@ -163,6 +165,8 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
                 seed=train.seed,
             )
         )
+    if quantised:
+        _quantise(config, model)
     settings = OptimizerSettings(
         learning_rate=config.learning_rate,
         weight_decay=optim.weight_decay,
@@ -173,6 +177,23 @@ def _make_engine(config: SftConfig, session: Session, *, data_seed: int) -> Mega
         use_distributed_optimizer=bool(optim.use_distributed_optimizer),
     )
     return MegatronEngine(model, settings, seed=train.seed, source=config.model.model)
+
+
+def _quantise(config: SftConfig, model: MegatronModel) -> None:
+    """Keep the layers under the adapter in few bits.
+
+    Raises:
+        ConfigError: products are to be computed in another dtype than the model's.
+    """
+    from mswift.log import progress_bar
+    from mswift.tuners.quantised import QuantSettings
+
+    quant = config.quant
+    assert quant.quant_bits is not None
+    if quant.bnb_4bit_compute_dtype not in (None, _name(model.dtype)):
+        raise ConfigError(f"--bnb_4bit_compute_dtype {quant.bnb_4bit_compute_dtype}: the model is in {_name(model.dtype)}; say it with --torch_dtype")
+    with progress_bar("quantising the model") as progress:
+        model.quantise(QuantSettings(quant.quant_bits, quant.bnb_4bit_use_double_quant), progress)
 
 
 def _identity(config: SftConfig, engine: MegatronEngine, directory: Path, data: TrainingData, global_batch_size: int) -> RunIdentity:
@@ -214,6 +235,8 @@ def _announce(
     logger.info("model: %s, %s, %s of %s parameters trained", model.family.name, _name(model.dtype), f"{trained:,}", f"{total:,}")
     if adapted:
         logger.info("model: %s", adapted)
+    if model.quantised:
+        logger.info("model: %s", model.quantised_memory)
     logger.info("layout: %s on %s", engine.groups.layout.describe(), engine.device.type)
     if model.padded_heads:
         logger.info("layout: %s", model.padded_heads)

@@ -32,6 +32,7 @@ template_type:template prompt_template:template num_workers:dataloader_num_worke
 only_save_model:save_only_model flash_attn:attn_impl
 interleave_probs:interleave_prob streaming_buffer_size:shuffle_buffer_size
 custom_register_path:external_plugins deterministic_mode:full_determinism quantization_bit:quant_bits neftune_alpha:neftune_noise_alpha
+bnb_4bit_comp_dtype:bnb_4bit_compute_dtype
 """
 RENAMED: dict[str, str] = dict(pair.split(":") for pair in _RENAMED.split())
 """Old name -> the name that ms-swift 4 and mswift use."""
@@ -131,6 +132,9 @@ UNSUPPORTED_VALUES: dict[str, frozenset[str]] = {
         "inverse-square-root",
         "device": "npu mps xpu",
         "template_mode": "kto",
+        "quant_method": "hqq eetq quanto fp8 awq gptq aqlm gptq_v2",
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_compute_dtype": "float16",
         "ddp_backend": "mpi ccl hccl",
     }.items()
 }

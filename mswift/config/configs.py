@@ -24,6 +24,7 @@ from mswift.config.sections import (
     OptimSection,
     PackingSection,
     ParallelSection,
+    QuantSection,
     RuntimeSection,
     SaveSection,
     TemplateSection,
@@ -186,6 +187,7 @@ class SftConfig(Config):
     packing: PackingSection = field(default_factory=PackingSection)
     template: TemplateSection = field(default_factory=TemplateSection)
     tuner: TunerSection = field(default_factory=TunerSection)
+    quant: QuantSection = field(default_factory=QuantSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     train: TrainSection = field(default_factory=TrainSection)
     optim: OptimSection = field(default_factory=OptimSection)
@@ -231,6 +233,7 @@ class SftConfig(Config):
             yield "--dataset is required: give one or more files, folders or hub ids"
         yield from self._packing_faults()
         yield from self._data_faults()
+        yield from self._quant_faults()
         if self.tuner.adapters and self.tuner.tuner_type == "full":
             yield "--adapters needs --tuner_type lora; to train every weight, merge the adapter first (mswift merge-lora)"
         if len(self.tuner.adapters) > 1:
@@ -251,6 +254,25 @@ class SftConfig(Config):
             yield f"--packing_length {packing.packing_length} is less than --max_length {limit}; raise it, or lower --max_length"
         if self.data.split_dataset_ratio > 0 and not self.data.dataset:
             yield "--split_dataset_ratio holds out rows of --dataset, and there is none; give --cached_val_dataset"
+
+    def _quant_faults(self) -> Iterator[str]:
+        quant, bits = self.quant, self.quant.quant_bits
+        if (quant.quant_method is None) != (bits is None):
+            given, missing = ("quant_method", "quant_bits 4 or 8") if bits is None else ("quant_bits", "quant_method bnb")
+            yield f"--{given} needs --{missing} beside it"
+        if bits not in (None, 4, 8):
+            yield f"--quant_bits: got {bits}, wanted 4 (nf4) or 8 (int8)"
+        if bits is None:
+            return
+        if self.tuner.tuner_type == "full":
+            yield f"--quant_bits {bits} is for frozen weights, and --tuner_type full trains them all; make it lora"
+        if self.tuner.use_dora:
+            yield f"--quant_bits {bits} does not go with --use_dora true, which needs the norms of plain weights; leave one of them out"
+        if self.model.torch_dtype is not None and quant.bnb_4bit_compute_dtype not in (None, self.model.torch_dtype):
+            yield (
+                f"--bnb_4bit_compute_dtype {quant.bnb_4bit_compute_dtype} differs from --torch_dtype {self.model.torch_dtype}; "
+                "products are computed in the dtype of the model, so give one of the two"
+            )
 
     def _data_faults(self) -> Iterator[str]:
         shares, entries = self.data.shares(), len(self.data.dataset)
@@ -277,6 +299,8 @@ class SftConfig(Config):
         yield ("response_prefix",), "it is for infer"
         if self.tuner.tuner_type == "full":
             yield _LORA_FLAGS, "--tuner_type is full"
+        if self.quant.quant_bits is None:
+            yield ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"), "it needs --quant_bits 4"
         if self.train.recompute_granularity != "full":
             yield ("recompute_method", "recompute_num_layers"), "it needs --recompute_granularity full"
         if self.train.mtp_num_layers is None:

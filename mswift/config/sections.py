@@ -128,6 +128,17 @@ class TunerSection:
 
 
 @dataclass(kw_only=True, slots=True)
+class QuantSection:
+    """QLoRA: the frozen weights under an adapter kept in few bits."""
+
+    quant_method: Literal["bnb"] | None = option(None, "Keep frozen linear layers quantised as bitsandbytes does; needs --quant_bits", auto="none")
+    quant_bits: int | None = option(None, "4 (nf4) or 8 (int8, a factor for each row)", auto="none", limits=_POSITIVE)
+    bnb_4bit_quant_type: Literal["nf4"] = option("nf4", "Values of 4 bits")
+    bnb_4bit_use_double_quant: bool = option(True, "With 4 bits: the magnitudes of blocks in 8 bits as well")
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float32"] | None = option(None, "Precision of products", auto="as --torch_dtype")
+
+
+@dataclass(kw_only=True, slots=True)
 class ParallelSection:
     """How the model is split over processes; what is left over is data parallel."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,7 @@ class LoadPlan:
         self._tasks, self.reader, self.left_out = tasks, reader, left_out
         self._by_storage = {_key(task.parameter.tensor): task for task in tasks if task.parameter.tensor.numel()}
         self._waiting = set(self._by_storage)
+        self._devices: dict[str, torch.device] = {}
         self.total, self.done = sum(task.nbytes(reader) for task in tasks), 0
 
     def stored_in(self, dtype: torch.dtype) -> set[str]:
@@ -98,6 +99,23 @@ class LoadPlan:
         if task is not None and task.parameter.tensor.untyped_storage().size() == task.parameter.tensor.nbytes:  # not a part of a larger one
             task.parameter.tensor.untyped_storage().resize_(0)
             self._waiting.add(key)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The values of a parameter of this rank, read now, in memory of their own."""
+        task = next(task for task in self._tasks if task.parameter.name == name)
+        values = torch.empty_like(task.parameter.tensor, device=self._devices.get(name))
+        fill(values, task.slices, self.reader, task.stack)
+        return values
+
+    def forget(self, name: str) -> None:
+        """Let go of the memory of a parameter, which is not read any more but by `read`."""
+        index = next(index for index, task in enumerate(self._tasks) if task.parameter.name == name)
+        task, own = self._tasks[index], self._tasks[index].parameter.tensor
+        if self._by_storage.pop(_key(own), None) is not None and _key(own) in self._waiting:
+            self._waiting.remove(_key(own))
+            self.done += task.nbytes(self.reader)
+        self._devices[name] = own.device
+        self._tasks[index] = replace(task, parameter=replace(task.parameter, tensor=torch.empty_like(own, device="meta")))
 
     def fill_all(self, progress: Progress | None = None) -> LoadReport:
         """Read all that is left; ``progress`` is called after every parameter."""

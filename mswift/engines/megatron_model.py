@@ -34,9 +34,11 @@ from mswift.families.common import all_rules
 from mswift.families.fields import describe_checked
 from mswift.families.model import base_parameters, build_model, global_name, read_hf_config, transformer_config
 from mswift.families.modules import CausalLM, SharedSequence, packed_rows
+from mswift.kernels.quantised_linear import QuantisedWeight
 from mswift.parallel.groups import Groups
 from mswift.runtime.device import Runtime
 from mswift.tuners.lora import Adapter, LoraSettings, lora_modules
+from mswift.tuners.quantised import QuantSettings, quantise
 from mswift.tuners.targets import kind_of
 from mswift.tuners.wrap import add_lora
 
@@ -84,7 +86,8 @@ class MegatronModel:
     Attributes:
         chunks: the model chunks of this rank. family, hf_config, description: what the checkpoint is.
         tokenizer_directory: where the small files of an export are copied from. beside: those that are written in their place.
-        lora: settings of the adapters in the chunks, or None. held_wider: weights that are in fp32 here (routers) and in `dtype` in the checkpoint.
+        lora: settings of the adapters in the chunks, or None. quantised: weights that the chunks have in codes only. held_wider: weights that
+            are in fp32 here (routers) and in `dtype` in the checkpoint.
     """
 
     def __init__(self, settings: BuildSettings, groups: Groups, runtime: Runtime, *, progress: Progress | None = None) -> None:
@@ -108,6 +111,7 @@ class MegatronModel:
         self.lora: LoraSettings | None = None
         self.held_wider: set[str] = set()
         self.unread: dict[str, int] = {}
+        self.quantised: dict[str, QuantisedWeight] = {}
         self.tokenizer_directory, self.beside = settings.directory, list[TextFile]()
         self._plan: LoadPlan | None = None
         self._later: LoadPlan | StoredTensors | None = None
@@ -223,6 +227,46 @@ class MegatronModel:
                 module.start_magnitudes()
         return wrapped
 
+    def quantise(self, settings: QuantSettings, progress: Progress | None = None) -> None:
+        """Keep the frozen linear layers under the adapters quantised, then read whatever is left of a `deferred` model. Collective.
+
+        A weight that has not been read before is read and quantised at once, so that the plain ones are never in memory together.
+
+        Raises:
+            ConfigError: there is no adapter, or one with DoRA.
+        """
+        if self.lora is None or self.lora.use_dora:
+            raise ConfigError(f"--quant_bits {settings.bits} is for LoRA without DoRA; add an adapter, or leave --use_dora out")
+        plan = self._plan
+
+        def read(name: str, parameter: torch.Tensor) -> torch.Tensor:
+            if plan is None:
+                self.ensure(parameter)
+                values = parameter.detach().clone()
+                self.release(parameter)
+                return values
+            values = plan.read(name)
+            plan.forget(name)
+            if progress is not None:
+                progress(plan.done, plan.total)
+            return values
+
+        for chunk in self.chunks:
+            self.quantised |= quantise(chunk, settings, functools.partial(global_name, chunk), read)
+        for left in self._local_parameters():
+            if not left.tensor.is_meta:
+                self.ensure(left.tensor)
+        self._later = None  # nothing is read again or let go of from here on
+        self.runtime.release_freed()
+
+    @property
+    def quantised_memory(self) -> str:
+        """One line on the weights of this rank that are quantised."""
+        kept = sum(weight.nbytes for weight in self.quantised.values())
+        plain = sum(weight.shape[0] * weight.shape[1] for weight in self.quantised.values()) * self.dtype.itemsize
+        bits = "int8" if any(not weight.block for weight in self.quantised.values()) else "nf4"
+        return f"{len(self.quantised)} linear layers in {bits}: {kept / 2**20:,.1f} MiB in place of {plain / 2**20:,.1f} on each process"
+
     def adapters(self) -> Iterator[tuple[str, Adapter]]:
         """(global name of the adapted weight, module) on this rank."""
         for chunk in self.chunks:
@@ -278,6 +322,15 @@ class MegatronModel:
         counts = [name for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if name in config] or ["num_nextn_predict_layers"]
         return {**config, **dict.fromkeys(counts, 0)} if self.description.further_layers and self.unread else config
 
+    def _plain(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """The values of a weight, without adapter, as the checkpoint has them."""
+        if name not in self.quantised:
+            self.ensure(parameter)
+            return parameter.detach()
+        if self._plan is None:
+            raise ConfigError("a quantised Megatron checkpoint is not merged here; merge the adapter with mswift export --merge_lora true")
+        return self._plan.read(name)
+
     def _stored_dtype(self, name: str, parameter: torch.Tensor) -> torch.dtype:
         return self.dtype if name in self.held_wider else parameter.dtype
 
@@ -293,6 +346,8 @@ class MegatronModel:
     ) -> ExportReport:
         """Write the model, adapters merged in fp32 and rounded once, as a sharded Hugging Face directory; every rank writes its share.
 
+        Of quantised weights, those of the checkpoint are written, read again.
+
         Args:
             keep: what is finished survives a failure or a kill. resume: go on with what an earlier call has kept.
         """
@@ -304,8 +359,8 @@ class MegatronModel:
                 module.prepare_merge()
 
         def value(name: str, parameter: torch.Tensor) -> torch.Tensor:
-            self.ensure(parameter)
-            return merged[name].merged_weight() if name in merged else parameter.detach()
+            base = self._plain(name, parameter)
+            return merged[name].merged_weight(base) if name in merged else base
 
         parameters = [
             ExportParameter(

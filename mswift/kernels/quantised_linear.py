@@ -5,7 +5,7 @@ The weight is dequantised strip by strip inside the product, forward and for the
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,8 @@ from mswift.runtime.precision import widen
 NAME = "quantised_linear"
 STRIP = 128
 """Rows of the weight that plain torch dequantises at a time."""
+_BLOCKS_AT_ONCE = 2**14
+"""Blocks that are quantised at a time."""
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(
@@ -68,6 +70,13 @@ class QuantisedWeight:
     block: int
 
     @property
+    def nbytes(self) -> int:
+        """What it takes in memory, without the table of magnitudes, which all weights share."""
+        scales = self.scales
+        parts = [scales.codes, scales.scales] if isinstance(scales, Nested) else [scales]
+        return sum(part.nbytes for part in (self.codes, *parts))
+
+    @property
     def magnitudes(self) -> Tensor:
         return self.scales.values() if isinstance(self.scales, Nested) else self.scales
 
@@ -84,21 +93,57 @@ class QuantisedWeight:
 
 def quantise_nf4(weight: Tensor, block: int = 64) -> QuantisedWeight:
     """The nearest of the sixteen values for each element, over the largest magnitude of its block; an even number of elements."""
-    flat = weight.detach().float().flatten()
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    parts = [_nf4(part, block) for part in weight.detach().reshape(-1).split(block * _BLOCKS_AT_ONCE)]
+    codes, scales = (torch.cat(of_parts) for of_parts in zip(*parts))
+    return QuantisedWeight(codes, scales, (weight.shape[0], weight.shape[1]), block)
+
+
+def _nf4(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    padded = torch.nn.functional.pad(flat.float(), (0, -flat.numel() % block)).view(-1, block)
     scales = padded.abs().amax(1)
-    levels = padded / scales.clamp(min=1e-30)[:, None]
-    middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(NF4)], device=flat.device)
-    codes = torch.bucketize(levels, middles).flatten()[: flat.numel()].to(torch.uint8)
-    return QuantisedWeight(codes[0::2] << 4 | codes[1::2], scales, (weight.shape[0], weight.shape[1]), block)
+    codes = _nearest(padded / scales.clamp(min=1e-30)[:, None], torch.tensor(NF4, device=flat.device)).flatten()[: flat.numel()]
+    return codes[0::2] << 4 | codes[1::2], scales
 
 
-def quantise_int8(weight: Tensor) -> QuantisedWeight:
-    """Each row over its largest magnitude / 127; ``[rows, columns]``."""
-    wide = weight.detach().float()
-    scales = wide.abs().amax(1) / 127
-    codes = (wide / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8)
-    return QuantisedWeight(codes, scales, (weight.shape[0], weight.shape[1]), 0)
+def _nearest(values: Tensor, table: Tensor) -> Tensor:
+    """The places, uint8, of what comes nearest in a table that rises."""
+    return torch.bucketize(values, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+def nested(scales: Tensor, block: int = 256) -> Nested:
+    """Magnitudes as codes of 8 bits, as bitsandbytes' double quantisation makes them: their distance from the mean, over the largest of a block."""
+    offset, table = float(scales.mean()), _dynamic_table().to(scales.device)
+    padded = torch.nn.functional.pad(scales - offset, (0, -scales.numel() % block)).view(-1, block)
+    spread = padded.abs().amax(1)
+    codes = _nearest(padded / spread.clamp(min=1e-30)[:, None], table).flatten()[: scales.numel()]
+    return Nested(codes, table, spread, block, offset)
+
+
+@functools.cache
+def _dynamic_table() -> Tensor:
+    """256 values in [-1, 1] by which bitsandbytes stores magnitudes: seven decades, each with twice as many steps as the one below."""
+    edges = [(torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float64), 10.0 ** (decade - 6)) for decade in range(7)]
+    steps = torch.cat([(edge[:-1] + edge[1:]) / 2 * size for edge, size in edges])
+    return torch.cat([steps, -steps, torch.tensor([0.0, 1.0], dtype=torch.float64)]).sort().values.float()
+
+
+def quantise_int8(weight: Tensor, largest: Tensor | None = None) -> QuantisedWeight:
+    """Each row over its largest magnitude / 127; ``[rows, columns]``.
+
+    Args:
+        largest: fp32, the largest magnitude of each row of the whole weight, where this is a part of its columns.
+    """
+    largest = largest_of_rows(weight) if largest is None else largest
+    codes = [
+        (part.float() / magnitudes.clamp(min=1e-30)[:, None] * 127).round().to(torch.int8)
+        for part, magnitudes in zip(weight.detach().split(STRIP), largest.split(STRIP))
+    ]
+    return QuantisedWeight(torch.cat(codes), largest / 127, (weight.shape[0], weight.shape[1]), 0)
+
+
+def largest_of_rows(weight: Tensor) -> Tensor:
+    """fp32 ``[rows]``."""
+    return weight.detach().abs().amax(1).float()
 
 
 def _fits(x: Tensor, codes: Tensor) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,6 +46,15 @@ class Runtime:
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.device)
         return psutil.Process().memory_info().rss
+
+    def release_freed(self) -> None:
+        """Give freed memory that the allocator keeps back to the system or to the device."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            return
+        library = ctypes.CDLL(None)
+        with contextlib.suppress(AttributeError):  # glibc alone has it
+            library.malloc_trim(0)
 
     def synchronize(self) -> None:
         if self.is_cuda:

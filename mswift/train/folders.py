@@ -14,7 +14,16 @@ from mswift.config.fields import plain
 from mswift.errors import CheckpointError, one_line
 
 RESUME_DIR, RESUME_FILE, STATE_DIR = "resume", "resume.json", "state"
-_OPTIMIZER_FLAGS, _LORA_FLAGS = ("tuner_type", "use_distributed_optimizer"), ("lora_rank", "lora_alpha", "use_rslora")
+_OPTIMIZER_FLAGS, _LORA_FLAGS = (
+    ("tuner_type", "use_distributed_optimizer"),
+    (
+        "lora_rank",
+        "lora_alpha",
+        "use_rslora",
+        "quant_bits",
+        "bnb_4bit_use_double_quant",
+    ),
+)
 _TUNER_FLAGS = ("tuner_type", "lora_rank", "target_modules", "tensor_model_parallel_size")
 
 

@@ -7,7 +7,7 @@ its checkpoints and our converters treat them as they treat any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from mswift.families.modules.layers import BlockedColumnParallelLinear, split_blocks
 from mswift.families.modules.mixture import BiasedExpertRowLinear
 from mswift.kernels.lora_linear import dropout_of, lora_linear
+from mswift.kernels.quantised_linear import QuantisedWeight, quantised_linear
 from mswift.runtime.precision import widen
 from mswift.tuners.targets import ALL_LINEAR
 
@@ -199,9 +200,13 @@ class Adapter(nn.Module):
         if self.lora_magnitude is not None:
             self.norms_to_merge = self.row_norms(exact=True)
 
-    def merged_weight(self) -> Tensor:
-        """This rank's part of the adapted weight: computed in fp32, rounded once to the dtype of W. The base is not touched."""
-        base = self.base_weight.detach()
+    def merged_weight(self, base: Tensor | None = None) -> Tensor:
+        """This rank's part of the adapted weight: computed in fp32, rounded once to the dtype of W. The base is not touched.
+
+        Args:
+            base: the weight, where the layer holds it quantised.
+        """
+        base = self.base_weight.detach() if base is None else base
         if self.lora_magnitude is not None:
             factor = magnitude_factor(self.lora_magnitude.detach(), self.norms_to_merge)
             return self._changed().mul_(factor[:, None]).to(base.dtype)
@@ -224,6 +229,42 @@ def magnitude_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
     return torch.where(norms > 0, magnitude.float() / norms.clamp(min=1e-30), torch.ones_like(norms))
 
 
+def layer_output(
+    base: ColumnParallelLinear | RowParallelLinear, group: dist.ProcessGroup, x: Tensor, product: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """What a megatron parallel linear returns (output, and a bias that is to be added later), its own product replaced.
+
+    Args:
+        product: (x, bias, ranks over which the gradient of x is summed or None, whether each of these has its part of the tokens) -> output of
+            this rank's part of the weight.
+    """
+    alone = base.explicit_expert_comm
+    if isinstance(base, ColumnParallelLinear):
+        bias = None if base.skip_bias_add else base.bias
+        output = product(x, bias, None if alone else group, base.sequence_parallel and not alone)
+        return output, base.bias if base.skip_bias_add else None
+    output = product(x, None, None, False)
+    if not alone:
+        reduce = reduce_scatter_to_sequence_parallel_region if base.sequence_parallel else reduce_from_tensor_model_parallel_region
+        output = reduce(output, group=group)
+    if isinstance(base, BiasedExpertRowLinear):
+        return base.share_bias(output)
+    if base.skip_bias_add:
+        return output, base.bias
+    return (output if base.bias is None else output + base.bias), None
+
+
+def quantised_product(
+    packed: QuantisedWeight, x: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, gather: bool, **adapter: Any
+) -> Tensor:
+    """The `product` of `layer_output` with a quantised weight. adapter: arguments of `quantised_linear`."""
+    if gather:
+        x = gather_from_sequence_parallel_region(x, group=group)
+    elif group is not None:
+        x = copy_to_tensor_model_parallel_region(x, group=group)
+    return quantised_linear(x, packed, bias, **adapter)
+
+
 class LoraLinear(Adapter):
     """A megatron parallel linear plus ``scale * B A``; calls and returns like the linear that it wraps.
 
@@ -239,36 +280,29 @@ class LoraLinear(Adapter):
         spread = base.is_expert and base.expert_parallel
         super().__init__(base, base.weight, name, settings, kind, group=base.tp_group, spread=spread, width=width)
         self.gated = base.config.gated_linear_unit and name.endswith("linear_fc1")
+        self.packed: QuantisedWeight | None = None
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """`x` ``[s, b, in]`` -> (``[s, b, out]``, bias or None), as the wrapped layer."""
-        base, alone = self.base_layer, self.base_layer.explicit_expert_comm
-        if self.kind == "column":
-            bias = None if base.skip_bias_add else base.bias
-            output = self._product(x, bias, None if alone else self.group, gather=base.sequence_parallel and not alone)
-            return output, base.bias if base.skip_bias_add else None
-        output = self._product(x, None, None)
-        if not alone:
-            reduce = reduce_scatter_to_sequence_parallel_region if base.sequence_parallel else reduce_from_tensor_model_parallel_region
-            output = reduce(output, group=self.group)
-        if isinstance(base, BiasedExpertRowLinear):
-            return base.share_bias(output)
-        if base.skip_bias_add:
-            return output, base.bias
-        return (output if base.bias is None else output + base.bias), None
+        return layer_output(self.base_layer, self.group, x, self._product)
 
-    def _product(self, x: Tensor, bias: Tensor | None, x_group: dist.ProcessGroup | None, *, gather: bool = False) -> Tensor:
+    def adapter_of(self, x: Tensor) -> dict[str, Any]:
+        """Scale and dropout mask, as arguments of the operators; `x` has this rank's columns of the input."""
+        found: dict[str, Any] = {"scale": self.scale, "dropout_p": self.dropout if self.training else 0.0, "seed": self.seed()}
+        return found | ({"first_column": x.shape[-1] * self.group.rank(), "full_width": self.width} if self.kind == "row" else {})
+
+    def _product(self, x: Tensor, bias: Tensor | None, x_group: dist.ProcessGroup | None, gather: bool) -> Tensor:
         """This rank's part of the output of the adapted layer.
 
         Args:
             x_group: the gradient of `x` is summed over these ranks. gather: each of them has its part of the tokens, and gets that of the gradient.
         """
-        p, weight = self.dropout if self.training else 0.0, self.base_weight
-        mask: dict[str, Any] = {"seed": self.seed()}
-        if self.kind == "row":
-            mask |= {"first_column": x.shape[-1] * self.group.rank(), "full_width": self.width}
+        if self.packed is not None:
+            return quantised_product(self.packed, x, bias, x_group, gather, lora_a=self.lora_a, lora_b=self.lora_b, **self.adapter_of(x))
+        weight, mask = self.base_weight, self.adapter_of(x)
+        scale, p = mask.pop("scale"), mask.pop("dropout_p")
         factor = None if self.lora_magnitude is None else magnitude_factor(self.lora_magnitude, self.row_norms())
-        common: dict[str, Any] = {"scale": self.scale, "factor": factor}
+        common: dict[str, Any] = {"scale": scale, "factor": factor}
         if factor is None or p == 0.0:
             common |= {"dropout_p": p, "group": x_group, "sequence_parallel": gather, **mask}
             return lora_linear(x, weight, bias, self.lora_a, self.lora_b, **common)

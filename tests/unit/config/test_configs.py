@@ -145,6 +145,22 @@ def sft(**flat: Any) -> SftConfig:
             "--context_parallel_size is 2, wanted 1: new tokens come one at a time",
         ),
         (sft(adapters=["a", "b"]), "--adapters: got 2 adapters, wanted one to go on training"),
+        (sft(quant_bits=4), "--quant_bits needs --quant_method bnb beside it"),
+        (sft(quant_method="bnb"), "--quant_method needs --quant_bits 4 or 8 beside it"),
+        (sft(quant_method="bnb", quant_bits=3), "--quant_bits: got 3, wanted 4 (nf4) or 8 (int8)"),
+        (
+            sft(quant_method="bnb", quant_bits=8, tuner_type="full"),
+            "--quant_bits 8 is for frozen weights, and --tuner_type full trains them all; make it lora",
+        ),
+        (
+            sft(quant_method="bnb", quant_bits=4, use_dora=True),
+            "--quant_bits 4 does not go with --use_dora true, which needs the norms of plain weights; leave one of them out",
+        ),
+        (
+            sft(quant_method="bnb", quant_bits=4, torch_dtype="float32", bnb_4bit_compute_dtype="bfloat16"),
+            "--bnb_4bit_compute_dtype bfloat16 differs from --torch_dtype float32; "
+            "products are computed in the dtype of the model, so give one of the two",
+        ),
         (sft(target_modules=[]), "--target_modules is empty, wanted all-linear or names of layers"),
         (sft(min_lr=1.0), "--min_lr 1 is above the learning rate 0.0001; make it smaller"),
         (

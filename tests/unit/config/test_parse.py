@@ -125,6 +125,8 @@ def test_old_and_idle_names_are_noted_once() -> None:
         ("--mcore_adapter d", "--mcore_adapter is a flag of mswift export, not of mswift sft"),
         ("--fp16 true", "--fp16: float16 is not supported yet, wanted one of bfloat16, float32"),
         ("--torch_dtype float16", "--torch_dtype: float16 is not supported yet, wanted one of bfloat16, float32"),
+        ("--quant_method hqq", "--quant_method: hqq is not supported yet, wanted one of bnb"),
+        ("--bnb_4bit_quant_type fp4", "--bnb_4bit_quant_type: fp4 is not supported yet, wanted one of nf4"),
         ("--tuner_type adalora", "--tuner_type: adalora is not supported yet, wanted one of lora, full"),
         ("--report_to tensorboard wandb", "--report_to: wandb is not supported yet, wanted one or more of tensorboard"),
         ("--lora_rank", "--lora_rank: got nothing, wanted a whole number, at least 1"),

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mswift.kernels import choice, extension
+from mswift.kernels import quantised_linear as module
 from mswift.kernels.cuda_abi import Dropout
 from mswift.kernels.dropout import threshold_of
-from mswift.kernels.quantised_linear import NF4, Nested, QuantisedWeight, quantise_int8, quantise_nf4, quantised_linear
+from mswift.kernels.quantised_linear import NF4, Nested, QuantisedWeight, nested, quantise_int8, quantise_nf4, quantised_linear
 from tests.unit.csrc import product_cases
 
 SCALE, SEED = 1.7, 2**45 + 11
@@ -228,3 +229,33 @@ def test_the_weight_never_exists_as_a_whole() -> None:
     """8192 x 8192 are 128 MiB in bf16; forward and backward take a few strips."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True, timeout=120)
     assert float(done.stdout) < 12
+
+
+def test_double_quantisation() -> None:
+    """Magnitudes in 8 bits: bitsandbytes' table, and the nearest entry of it for each magnitude."""
+    magnitudes = draw(1000, seed=4).abs() + 0.5
+    found = nested(magnitudes, 64)
+    assert found.table[[0, 1, 127, 128, 254, 255]].tolist() == pytest.approx([-0.9929688, -0.9789063, 0.0, 5.5e-7, 0.9929688, 1.0], abs=1e-7)
+    assert len(found.table.unique()) == 256
+    assert (found.codes.shape, found.scales.shape) == ((1000,), (16,))
+    spread = found.scales.repeat_interleave(64)[:1000]
+    nearest = ((magnitudes - found.offset)[:, None] / spread[:, None] - found.table).abs().argmin(1)
+    assert (found.codes.long() != nearest).sum() <= 2, "halfway between two"
+    assert ((found.values() - magnitudes).abs() <= spread * (found.table.diff().max() / 2 + 1e-6)).all()
+    assert found.values().shape == magnitudes.shape
+    assert nested(torch.full((7,), 2.0)).values().tolist() == [2.0] * 7
+    weight = QuantisedWeight(torch.zeros(32000, dtype=torch.uint8), found, (64, 1000), 64)
+    assert weight.nbytes == 32000 + 1000 + 16 * 4
+
+
+def test_quantised_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary memory does not grow with the weight; a part of the columns takes the factors of whole rows."""
+    weight = draw(130, 50, seed=5)
+    whole = quantise_nf4(weight)
+    monkeypatch.setattr(module, "_BLOCKS_AT_ONCE", 3)
+    parts = quantise_nf4(weight)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.magnitudes, whole.magnitudes)
+    half = quantise_int8(weight[:, :20], module.largest_of_rows(weight))
+    assert torch.equal(half.codes, quantise_int8(weight).codes[:, :20])
+    assert half.codes.shape == (130, 20)
