@@ -30,6 +30,7 @@ def open_stream(config: SftConfig, session: Session, template: RowEncoder, readi
     from mswift.data.registry import resolve
     from mswift.data.shards import open_shards
     from mswift.data.stream_batches import BatchShape, StreamBatches
+    from mswift.data.stream_workers import Origin
     from mswift.data.streaming import make_plan
 
     data, layout, tokenizer = config.data, session.groups.layout, template.tokenizer
@@ -56,7 +57,17 @@ def open_stream(config: SftConfig, session: Session, template: RowEncoder, readi
         layout.tp if config.parallel.sequence_parallel else 1,
         config.packing.padding_free,
     )
-    return StreamBatches(plan, template, reading, shape, max_length=limit, truncation=data.truncation_strategy)
+    origin = Origin(data.dataset, data.external_plugins, data.custom_dataset_info, config.model.use_hf)
+    return StreamBatches(
+        plan,
+        template,
+        reading,
+        shape,
+        max_length=limit,
+        truncation=data.truncation_strategy,
+        workers=config.train.dataloader_num_workers,
+        origin=origin,
+    )
 
 
 def _ranks() -> dict[str, Any]:

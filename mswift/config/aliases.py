@@ -87,7 +87,7 @@ _NO_EFFECT = {
         masked_softmax_fusion no_masked_softmax_fusion gradient_accumulation_fusion no_gradient_accumulation_fusion
         use_logits_to_keep experts_impl moe_grouped_gemm moe_permute_fusion overlap_grad_reduce overlap_param_gather tf32
         use_precision_aware_optimizer""",
-    "mswift arranges the loading of data by itself": """dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
+    "mswift arranges the loading of data by itself": """dataloader_pin_memory dataloader_prefetch_factor
         dataloader_persistent_workers dataloader_type load_from_cache_file lazy_tokenize packing_num_proc remove_unused_columns""",
     "mswift loads and saves in its own way": """no_initialization perform_initialization use_cpu_initialization ckpt_format auto_detect_ckpt_format
         dist_ckpt_optim_fully_reshardable save_only_model no_save_optim no_save_rng async_save exit_on_missing_checkpoint

@@ -293,7 +293,7 @@ class SftConfig(Config):
         if not self.data.interleave_prob and not any("@" in entry for entry in self.data.dataset):
             yield ("stopping_strategy",), "it needs --interleave_prob, or weights (@) in --dataset"
         if not self.data.streaming:
-            yield ("shuffle_buffer_size",), "it needs --streaming true"
+            yield ("shuffle_buffer_size", "dataloader_num_workers"), "it needs --streaming true"
         elif not self.data.val_dataset:
             yield ("dataset_num_proc",), "with --streaming every process reads its own rows while it trains"
         yield ("response_prefix",), "it is for infer"

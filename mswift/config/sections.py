@@ -200,6 +200,7 @@ class TrainSection:
     gradient_accumulation_steps: int | None = option(
         None, "Micro batches of one optimizer step", auto="global / (micro x data parallel)", limits=_POSITIVE
     )
+    dataloader_num_workers: int = option(0, "With streaming: processes beside each rank that read its rows; 0: a thread of it", low=0)
     seed: int = option(42, "Seed of new weights and of dropout", low=0)
     recompute_granularity: Literal["none", "selective", "full"] = option("none", "What is computed again in the backward pass, to save memory")
     recompute_method: Literal["uniform", "block"] = option("uniform", "With full: in even chunks, or the first layers only")

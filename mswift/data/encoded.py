@@ -23,13 +23,18 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 
 _FORGET_BYTES = 2**28  # of mapped files that may become resident: they are given back, so that a pass over them does not fill the memory
 _LOOK_EVERY = 32  # rows: Linux may map 2 MiB around the place of a row, of each of the two files
+_FIRST_BYTES = 2**20
 
 
-class TokenSink(Protocol):
-    """Takes encoded rows one chunk after the other; `finish` gives the data set that they make."""
+class TokenTaker(Protocol):
+    """Takes encoded rows one chunk after the other."""
 
     def add(self, ids: Ids, weights: Weights, lengths: Integers, origins: Sequence[Row]) -> None:
         """Rows end to end, and for each its length and the row of a source that it was made from."""
+
+
+class TokenSink(TokenTaker, Protocol):
+    """A taker that gives the data set that the rows make."""
 
     def finish(self, report: LengthReport) -> TokenRows: ...
 
@@ -204,16 +209,50 @@ class EncodedDataset(TokenRows):
         super().__init__([part], np.zeros(len(lengths), np.int32), _offsets(lengths)[:-1], lengths, report)
 
 
+class _Column:
+    """An array that grows without being copied: Linux moves its pages, and none is touched before it is needed."""
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self._dtype, self._size = np.dtype(dtype), 0
+        self._memory = _anonymous(_FIRST_BYTES)
+
+    def add(self, array: npt.NDArray[Any]) -> None:
+        data = np.ascontiguousarray(array, self._dtype).data.cast("B")
+        end = self._size + len(data)
+        if end > len(self._memory):
+            self._grow(max(end, len(self._memory) * 5 // 4))
+        self._memory[self._size : end] = data
+        self._size = end
+
+    def array(self) -> npt.NDArray[Any]:
+        return np.frombuffer(self._memory, self._dtype, self._size // self._dtype.itemsize)
+
+    def _grow(self, size: int) -> None:
+        if sys.platform == "linux":
+            self._memory.resize(size)
+            return
+        larger = _anonymous(size)
+        larger[: self._size] = self._memory[: self._size]
+        self._memory = larger
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 class MemorySink:
     """Keeps the rows in memory."""
 
     def __init__(self) -> None:
-        self._chunks: list[tuple[Ids, Weights, Integers, Integers]] = []
+        self._ids, self._weights = _Column(np.int32), _Column(np.float32)
+        self._lengths, self._where = _Column(np.int64), _Column(np.int64)
         self._places = Places()
 
     def add(self, ids: Ids, weights: Weights, lengths: Integers, origins: Sequence[Row]) -> None:
-        self._chunks.append((ids, weights, lengths, self._places.of(origins)))
+        for column, array in ((self._ids, ids), (self._weights, weights), (self._lengths, lengths), (self._where, self._places.of(origins).ravel())):
+            column.add(array)
 
     def finish(self, report: LengthReport) -> TokenRows:
-        ids, weights, lengths, places = (np.concatenate(arrays) for arrays in zip(*self._chunks, strict=True))
-        return rows_of_arrays(TokenArrays(ids, weights, list(self._places.numbers), places), lengths, report)
+        where = self._where.array().reshape(-1, 2)
+        arrays = TokenArrays(self._ids.array(), self._weights.array(), list(self._places.numbers), where)
+        return rows_of_arrays(arrays, self._lengths.array(), report)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -12,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from mswift.data.encoded import MemorySink, TokenRows, TokenSink
+from mswift.data.encoded import MemorySink, TokenRows, TokenSink, TokenTaker
 from mswift.data.report import LengthReport
 from mswift.data.rows import BadRows, Row
 from mswift.errors import DataError
@@ -103,6 +105,26 @@ def encode_chunks(
     Args:
         conversations: what is encoded of some rows.
     """
+    with _rows_left_alone():
+        yield from _encode_chunks(rows, template, num_proc, conversations)
+
+
+@contextlib.contextmanager
+def _rows_left_alone() -> Iterator[None]:
+    """Python's collector does not go through all rows again, of which there may be millions, while other objects come and go."""
+    if gc.get_freeze_count():  # somebody else's to end
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _encode_chunks(
+    rows: Iterable[Row], template: RowEncoder, num_proc: int, conversations: Callable[[Sequence[Row]], list[Conversation]]
+) -> Iterator[tuple[list[Row], EncodedChunk]]:
     source = iter(rows)
     chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
     if num_proc <= 1 or (isinstance(rows, Sized) and len(rows) <= _CHUNK):
@@ -142,7 +164,7 @@ def _work(conversations: Sequence[Conversation]) -> EncodedChunk:
 # ---- lengths ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def take(chunk: EncodedChunk, rows: Sequence[Row], report: LengthReport, bad: BadRows, sink: TokenSink) -> None:
+def take(chunk: EncodedChunk, rows: Sequence[Row], report: LengthReport, bad: BadRows, sink: TokenTaker) -> None:
     """What fits goes to the sink, and what became of each row into the report."""
     starts = np.cumsum(chunk.lengths) - chunk.lengths
     trained = chunk.weights != 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +102,15 @@ class LengthReport:
     def refused(self, source: str, line: int, reason: str) -> None:
         self.sources.setdefault(source, SourceCount()).refused += 1
         self.dropped.append((source, line, reason))
+
+    def merge(self, other: LengthReport) -> None:
+        """Adds what became of other rows."""
+        for name, count in other.sources.items():
+            mine = self.sources.get(name, SourceCount())
+            self.sources[name] = SourceCount(*(a + b for a, b in zip(astuple(mine), astuple(count), strict=True)))
+        self.shortest = min(self.shortest or other.shortest, other.shortest or self.shortest)
+        self.longest = max(self.longest, other.longest)
+        self.dropped += other.dropped
 
     def write(self, directory: str | Path) -> Path | None:
         """Writes ``dropped_rows.txt`` (``file:line``, a tab, the reason) into ``directory``; ``None`` where no row was dropped."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mswift.data.batches import MicroBatch, collate
-from mswift.data.encoded import EncodedDataset, Ids, Integers, TokenRows, Weights
-from mswift.data.encoding import Truncation, encode_chunk, take, to_conversation
-from mswift.data.files import RawRow
-from mswift.data.loading import ReadSettings, make_rows
+from mswift.data.encoded import TokenArrays, TokenRows, rows_of_arrays
+from mswift.data.encoding import Truncation
+from mswift.data.loading import ReadSettings
 from mswift.data.report import LengthReport
-from mswift.data.rows import Recognised, Row
-from mswift.data.streaming import StreamPlan, Ticket
+from mswift.data.stream_reader import Share, StepRows, StreamReader
+from mswift.data.stream_workers import Origin, Workers
+from mswift.data.streaming import StreamPlan
 from mswift.errors import DataError
 from mswift.templates import RowEncoder
 
@@ -39,9 +38,12 @@ class StreamBatches:
     A row that cannot be used, or is too long, leaves its place empty: the loss is a sum over the tokens of the whole global batch, so the rows
     of a step stay the same whatever becomes of them. A conversation of several training rows stays in one micro batch.
 
+    Args:
+        workers: processes that read and tokenise for this rank, each the rows of lanes of its own; 0: this process does. Batches are the same.
+        origin: where workers find what is registered.
+
     Attributes:
-        report: what this rank kept, cut and dropped. recognised: what it understood of the sources.
-        steps_per_epoch: as for `Batches`.
+        report: what this rank kept, cut and dropped. num_read: rows that it has looked at. steps_per_epoch: as for `Batches`.
     """
 
     def __init__(
@@ -53,27 +55,30 @@ class StreamBatches:
         *,
         max_length: int | None = None,
         truncation: Truncation = "delete",
+        workers: int = 0,
+        origin: Origin | None = None,
     ) -> None:
-        self.plan, self.template, self.reading, self.shape = plan, template, reading, shape
+        self.plan, self.shape, self.num_workers, self.origin = plan, shape, workers, origin
         self.global_batch_size, self.steps_per_epoch = plan.global_batch_size, plan.steps_per_epoch
-        self.report, self.recognised, self.bad = LengthReport(max_length, truncation), Recognised(), reading.bad_rows()
+        share = Share(shape.micro_batch_size, shape.dp_rank, shape.dp_size)
+        self._reader = StreamReader(plan, template, reading, share, max_length, truncation)
+        self._next, self._steps = -1, iter(list[list[StepRows]]())
+        self._workers: Workers | None = None
+        self.report, self.num_read, self.bad = LengthReport(max_length, truncation), 0, reading.bad_rows()
 
     def step(self, k: int) -> list[MicroBatch]:
-        """This rank's micro batches of global step ``k``; every rank has the same number of them.
+        """This rank's micro batches of global step ``k``; every rank has the same number of them. Steps in order are read ahead.
 
         Raises:
             DataError: a file cannot be read, or too many rows of this rank are bad.
         """
         shape = self.shape
-        dealt = self.plan.dealt(k, shape.micro_batch_size, shape.dp_size)[shape.dp_rank]
-        rows, owners = list[Row](), dict[int, int]()
-        for number, tickets in enumerate(dealt):
-            for row in self._rows(tickets):
-                owners[id(row)] = number
-                rows.append(row)
-        data, members = self._encode(rows, owners, len(dealt))
-        if self.recognised.num_read >= _TRUSTED_AFTER and len(self.bad.errors) > self.bad.max_share * self.recognised.num_read:
-            self.bad.finish(self.recognised.num_read)
+        if k != self._next:
+            self._start(k)
+        self._next = k + 1
+        data, members = self._joined(next(self._steps), len(self.plan.dealt(k, shape.micro_batch_size, shape.dp_size)[shape.dp_rank]))
+        if self.num_read >= _TRUSTED_AFTER and len(self.bad.errors) > self.bad.max_share * self.num_read:
+            self.bad.finish(self.num_read)
         return [
             collate(
                 data,
@@ -87,46 +92,38 @@ class StreamBatches:
         ]
 
     def finish(self) -> None:
-        """Says what was left out; raises `DataError` where that was too much."""
-        self.bad.finish(self.recognised.num_read)
+        """Ends the workers and says what was left out; raises `DataError` where that was too much."""
+        self.close()
+        self.bad.finish(self.num_read)
 
-    def _rows(self, tickets: Sequence[Ticket]) -> list[Row]:
-        rows: list[Row] = []
-        for ticket in tickets:
-            source = self.plan.sources[ticket.source]
-            item, owner = source.item(ticket.number)
-            self.recognised.num_read += item is not None
-            try:
-                if isinstance(item, DataError):
-                    raise item
-                if isinstance(item, RawRow):
-                    rows += make_rows(item, source.shards[owner].part, self.reading, self.recognised)
-            except DataError as error:
-                self.bad.add(error)
-        return rows
+    def close(self) -> None:
+        """Ends the workers; may be called twice."""
+        if self._workers is not None:
+            self._workers.close()
+        self._next, self._workers = -1, None
 
-    def _encode(self, rows: list[Row], owners: dict[int, int], count: int) -> tuple[TokenRows, list[list[int]]]:
-        """The rows as tokens, and which of them each micro batch has."""
-        sink = _Kept()
-        if rows:
-            take(encode_chunk(self.template, [to_conversation(row) for row in rows]), rows, self.report, self.bad, sink)
+    def _start(self, k: int) -> None:
+        self.close()
+        if self.num_workers:
+            self._workers = Workers(self._reader, self.num_workers, k, self.origin)
+            self._steps = self._workers.steps()
+        else:
+            self._steps = ([step] for step in self._reader.steps(k))
+
+    def _joined(self, parts: list[StepRows], count: int) -> tuple[TokenRows, list[list[int]]]:
+        """The rows of a step in the order of their tickets, and which of them each of `count` micro batches has."""
+        for part in parts:
+            self.report.merge(part.report)
+            self.num_read += part.num_read
+            for fault in part.faults:
+                self.bad.add(DataError(fault))
+            if part.error is not None:
+                raise part.error
+        tokens = sorted((row for part in parts for row in part.tokens), key=lambda row: row[0])
         members: list[list[int]] = [[] for _ in range(count)]
-        for index, row in enumerate(sink.origins):
-            members[owners[id(row)]].append(index)
-        return EncodedDataset(sink.encoded, sink.origins, self.report), members
-
-
-class _Kept:
-    """Rows of one step with what they were made from."""
-
-    def __init__(self) -> None:
-        self.encoded: list[tuple[Ids, Weights]] = []
-        self.origins: list[Row] = []
-
-    def add(self, ids: Ids, weights: Weights, lengths: Integers, origins: Sequence[Row]) -> None:
-        ends = np.cumsum(lengths)[:-1]
-        self.encoded += list(zip(np.split(ids, ends), np.split(weights, ends), strict=True))
-        self.origins += origins
-
-    def finish(self, report: LengthReport) -> TokenRows:
-        return EncodedDataset(self.encoded, self.origins, report)
+        for index, (place, _, _) in enumerate(tokens):
+            members[place // self.shape.micro_batch_size].append(index)
+        lengths = np.asarray([len(ids) for _, ids, _ in tokens], np.int64)
+        ids = np.concatenate([np.zeros(0, np.int32), *(ids for _, ids, _ in tokens)])
+        weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, _, weights in tokens)])
+        return rows_of_arrays(TokenArrays(ids, weights, [], np.zeros((len(tokens), 2), np.int64)), lengths, self.report), members

@@ -115,6 +115,7 @@ class StreamPlan:
     def __init__(self, sources: Sequence[StreamedSource], global_batch_size: int, *, in_turn: bool = False) -> None:
         self.sources, self.global_batch_size, self.in_turn = list(sources), global_batch_size, in_turn
         self.rows_per_epoch = sum(source.quota for source in sources)
+        self._first_lanes = list(itertools.accumulate((source.lanes for source in sources), initial=0))
         if not self.rows_per_epoch:
             raise DataError("the mixture is empty; check --dataset")
         self.steps_per_epoch = -(-self.rows_per_epoch // global_batch_size)
@@ -136,11 +137,10 @@ class StreamPlan:
         room = [rounds * micro_batch_size] * dp_size
         if len(tickets) == self.global_batch_size and len(tickets) % dp_size == 0:
             room = [len(tickets) // dp_size] * dp_size
-        firsts = list(itertools.accumulate((source.lanes for source in self.sources), initial=0))
         ranks: list[list[Ticket]] = [[] for _ in range(dp_size)]
         homeless = []
         for ticket in tickets:
-            home = (firsts[ticket.source] + self.sources[ticket.source].lane_of(ticket.number)) % dp_size
+            home = self.lane(ticket) % dp_size
             if len(ranks[home]) < room[home]:
                 ranks[home].append(ticket)
             else:
@@ -149,6 +149,10 @@ class StreamPlan:
             rank = max(range(dp_size), key=lambda rank: (room[rank] - len(ranks[rank]), -rank))
             ranks[rank].append(ticket)
         return [[rank[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(rounds)] for rank in ranks]
+
+    def lane(self, ticket: Ticket) -> int:
+        """The number of the lane that a row is of, over all sources."""
+        return self._first_lanes[ticket.source] + self.sources[ticket.source].lane_of(ticket.number)
 
     def positions(self, k: int) -> list[int]:
         """Rows that were taken of each source before step `k`, over all epochs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -36,11 +36,11 @@ def flatten(rows: Sequence[Encoded]) -> Rows:
     return Rows(np.asarray(ids), np.asarray(weights), np.asarray([len(row.input_ids) for row in rows], np.int64))
 
 
-def weigh_rows(all_ids: Sequence[list[int]], forms: Sequence[Form], is_added: Bools) -> tuple[Rows, Bools]:
+def weigh_rows(all_ids: Iterable[list[int]], forms: Sequence[Form], is_added: Bools) -> tuple[Rows, Bools]:
     """Rows with weights, and for each whether its form holds: the added tokens are those of the form, and each prompt is tokenised as in serving.
 
     Args:
-        all_ids: of each row, without those of its form's head. is_added: for every id, whether it is an added token.
+        all_ids: of each row, without those of its form's head; one list is held at a time. is_added: for every id, whether it is an added token.
     """
     flat = array("i")
     lengths = np.empty(len(forms), np.int64)

@@ -17,7 +17,7 @@ import numpy as np
 
 from mswift.errors import DataError, one_line
 from mswift.log import get_logger
-from mswift.templates.bulk import assemble, weigh_rows
+from mswift.templates.bulk import Bools, Rows, assemble, weigh_rows
 from mswift.templates.conversation import Conversation, Encoded, EncodedChunk, Message, Tool
 from mswift.templates.forms import Form, Forms
 from mswift.templates.loss_scale import LossScale, parse_loss_scale
@@ -100,6 +100,7 @@ class ChatTemplate:
         self.loss_scale = parse_loss_scale(loss_scale) if isinstance(loss_scale, str) else loss_scale
         self._planner = Planner(self.renderer, self._turn_end, opening, self.loss_scale, add_non_thinking_prefix=add_non_thinking_prefix)
         self._forms = Forms(self.renderer, self._planner, system, self._tokenise, self._added_ids, tokenizer)
+        self._confirmed: dict[Form, bool] = {}
         self._is_added = np.zeros(max(len(tokenizer), *(token + 1 for token in self._added_ids), tokenizer.vocab_size), np.bool_)
         self._is_added[list(self._added_ids)] = True
         if system is not None:
@@ -241,11 +242,27 @@ class ChatTemplate:
     def _chunk(self, batch: _Batch, future: Future[tuple[list[Any], list[Tokens]]]) -> EncodedChunk:
         encodings, tokens = future.result()
         numbers = list(batch.forms)
-        rows, holds = weigh_rows([encoding.ids for encoding in encodings], list(batch.forms.values()), self._is_added)
+        rows, holds = weigh_rows((encoding.ids for encoding in encodings), list(batch.forms.values()), self._is_added)
+        self._confirm(batch, rows, holds)
         slow = dict(zip(batch.plans, self._finish_all(list(batch.plans.values()), tokens), strict=True))
         failed = [numbers[row] for row in np.flatnonzero(~holds)]
         slow |= dict(zip(failed, self.encode_batch([batch.conversations[number] for number in failed]), strict=True))
         return assemble(rows, holds, numbers, slow)
+
+    def _confirm(self, batch: _Batch, rows: Rows, holds: Bools) -> None:
+        """The first row of every form is made the general way too; where that gives another one, no row of the form holds."""
+        for row, (number, form) in enumerate(batch.forms.items()):
+            if form not in self._confirmed and holds[row]:
+                made, end = self.encode_batch([batch.conversations[number]])[0], int(rows.lengths[: row + 1].sum())
+                part = slice(end - int(rows.lengths[row]), end)
+                self._confirmed[form] = made == [Encoded(rows.ids[part].tolist(), rows.weights[part].tolist())]
+                if not self._confirmed[form]:
+                    turns = ", ".join(form.roles)
+                    logger.warning(
+                        "%s: conversations of %s do not fit their form and are made one by one, which is slower", _name(self.tokenizer), turns
+                    )
+            if not self._confirmed.get(form, True):
+                holds[row] = False
 
     def _finish_all(self, plans: list[list[Plan] | DataError], tokens: list[Tokens]) -> list[list[Encoded] | DataError]:
         left = iter(tokens)

@@ -46,16 +46,17 @@ class TokenSpan:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Form:
-    """Conversations of one form.
+    """Conversations of one form; each is equal to itself only.
 
     Args:
-        head: the ids that every such conversation begins with, up to the last added token before its first content.
+        roles: of its messages. head: the ids that every such conversation begins with, up to the last added token before its first content.
         pieces: the text between contents, without that of the head. holes: which message stands between two of them, and how it is trimmed.
         added: the added tokens of the text, in order, those of the head too. spans: trained ranges.
     """
 
+    roles: tuple[str, ...]
     head: list[int]
     pieces: tuple[str, ...]
     holes: tuple[tuple[int, Trim | None], ...]
@@ -139,7 +140,7 @@ class Forms:
         if self._spans(plans[1]) != (added, spans) or any(self._is_in_danger(token) for token in set(added)):
             raise _NoFormError
         cut, head = self._head(text, pieces[0])
-        return Form(head, (pieces[0][cut:], *pieces[2::2]), holes, added, spans)
+        return Form(tuple(roles), head, (pieces[0][cut:], *pieces[2::2]), holes, added, spans)
 
     def _head(self, text: str, first: str) -> tuple[int, list[int]]:
         """Where the head of a text ends, and its ids. Added tokens cut a text into parts that are tokenised apart, so it may stand alone."""

@@ -89,7 +89,7 @@ def test_values_may_look_like_anything_after_an_equals_sign() -> None:
         ("--lr_scheduler_type constant_with_warmup", {"lr_scheduler_type": "constant"}),
         ("--neat_packing true", {"packing": True}),
         ("--packing false --streaming false --task_type causal_lm --tuner_backend peft", {}),
-        ("--attn_impl flash_attn --dataloader_num_workers 4 --freeze_vit true", {}),
+        ("--attn_impl flash_attn --num_workers 4 --freeze_vit true", {"dataloader_num_workers": 4}),
         ("--seq_length 512 --eval_interval 3", {"max_length": 512, "eval_steps": 3}),
     ],
 )
@@ -99,11 +99,11 @@ def test_names_that_ms_swift_has_used(words: str, expected: dict[str, Any]) -> N
 
 
 def test_old_and_idle_names_are_noted_once() -> None:
-    words = [*BASE, "--lr", "1e-5", "--train_type", "lora", "--dataloader_num_workers", "4", "--lazy_tokenize", "--fp32"]
+    words = [*BASE, "--lr", "1e-5", "--train_type", "lora", "--dataloader_pin_memory", "true", "--lazy_tokenize", "--fp32"]
     parsed = read_command("sft", words, {})
     assert parsed.notes == (
         "read as: --lr -> --learning_rate, --train_type -> --tuner_type, --fp32 -> --torch_dtype float32",
-        "--dataloader_num_workers, --lazy_tokenize have no effect: mswift arranges the loading of data by itself",
+        "--dataloader_pin_memory, --lazy_tokenize have no effect: mswift arranges the loading of data by itself",
     )
     assert parsed.given == {"model", "dataset", "learning_rate", "tuner_type", "torch_dtype"}
     assert read_command("sft", BASE, {}).notes == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -229,3 +230,21 @@ def test_worker_processes_give_the_same(chatml: ChatTemplate) -> None:
     assert list(spread) == list(alone)
     assert spread.report == alone.report
     assert len(spread) == 2299
+
+
+def test_the_collector_leaves_rows_alone_while_they_are_encoded_and_not_after(chatml: ChatTemplate) -> None:
+    frozen: list[int] = []
+    rows = [Row([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], {}, "a.jsonl", i) for i in range(1100)]
+    encode_dataset(rows, chatml, progress=lambda done, total: frozen.append(gc.get_freeze_count()))
+    assert len(frozen) == 2
+    assert min(frozen) > 0
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(DataError):
+        encode_dataset([Row([{"role": "user", "content": "q"}], {}, "a.jsonl", 1)], chatml)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        encode_dataset(rows[:2], chatml)
+        assert gc.get_freeze_count() > 0, "what somebody else has frozen stays so"
+    finally:
+        gc.unfreeze()

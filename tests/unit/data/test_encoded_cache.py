@@ -174,3 +174,35 @@ def test_what_fits_stays(tmp_path: Path) -> None:
     _, mapped = read_mapped(tmp_path, 6_000_000, "in order", 0)
     assert mapped > 46_000, "KiB"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+GROW = """
+import re, sys
+import numpy as np
+from mswift.data.encoded import MemorySink
+from mswift.data.report import LengthReport
+from mswift.data.rows import Row
+own = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+sink, row, chunks, before = MemorySink(), Row([], {}, "a.jsonl", 1), 60, own()
+for number in range(chunks):
+    lengths = np.asarray([400_000 + number, 3])
+    tokens = int(lengths.sum())
+    sink.add(np.arange(number, number + tokens, dtype=np.int32), np.full(tokens, number, np.float32), lengths, [row, row])
+data = sink.finish(LengthReport(None, "delete"))
+grown = own() - before
+for number in range(chunks):
+    ids, weights = data.arrays(2 * number)
+    assert ids[0] == number and ids[-1] == 400_000 + 2 * number - 1 and len(ids) == 400_000 + number
+    assert (weights == number).all()
+    assert data.arrays(2 * number + 1)[0].tolist() == [400_000 + 2 * number + i for i in range(3)]
+print(data.num_tokens, grown)
+"""
+
+
+def test_rows_in_memory_are_there_once(tmp_path: Path) -> None:
+    """192 MB of tokens and weights, made chunk by chunk: nothing is copied at the end."""
+    done = subprocess.run([sys.executable, "-c", GROW], cwd=ROOT, capture_output=True, text=True, check=True)
+    tokens, grown = map(int, done.stdout.split())
+    assert tokens == 60 * 400_003 + 59 * 30
+    assert grown < 1.15 * 8 * tokens / 1024, "KiB"
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mswift.errors import DataError
 from mswift.templates import ChatTemplate, Conversation, Encoded, EncodedChunk
+from mswift.templates.content_use import ContentUse
 from mswift.templates.named import table
 from tests.unit.templates.registry import plain_conversations, tokenizer_for, tool_conversations
 from tests.unit.templates.test_chat import KINDS, ONE_ROW, MakeTokenizer, chat, conversations
@@ -107,3 +110,36 @@ def test_a_form_that_does_not_hold_for_a_row_is_left_for_it_alone(make_tokenizer
     (chunk,) = template.encode_chunks([[Conversation.of(rows[0])]])
     trained = [token for token, weight in zip(chunk.ids.tolist(), chunk.weights.tolist(), strict=True) if weight]
     assert template.decode(trained) == "a<|im_end|>"
+
+
+def test_a_form_that_is_wrong_is_noticed_at_its_first_row(
+    make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A template that changes contents, of which it is believed that it does not."""
+    monkeypatch.setattr(logging.getLogger("mswift"), "propagate", True)
+    monkeypatch.setattr("mswift.templates.forms.content_use", lambda template: ContentUse())
+    tokenizer = make_tokenizer("smollm2")
+    text = tokenizer.chat_template.replace("+ message['content'] +", "+ message['content'] | upper +")
+    assert text != tokenizer.chat_template
+    template = ChatTemplate(tokenizer, chat_template=text)
+    rows = [chat("q", "a", "q", "b"), chat("one", "two"), chat("ONE", "two"), chat("three", "four")]
+    assert check(template, rows) == 4, "all of them have a form"
+    warned = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    assert len(warned) == 2, "one a form"
+    assert any("conversations of user, assistant do not fit their form" in text for text in warned)
+    caplog.clear()
+    assert check(template, [chat("five", "six")]) == 1
+    assert not caplog.records
+    assert check(pickle.loads(pickle.dumps(template)), rows[1:]) == 3
+
+
+def test_a_form_that_is_right_is_compared_once(make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(make_tokenizer("smollm2"))
+    general: list[int] = []
+    original = ChatTemplate.encode_batch
+    monkeypatch.setattr(ChatTemplate, "encode_batch", lambda self, given: general.append(len(given)) or original(self, given))
+    rows = [Conversation(chat(f"question {i}", "a")) for i in range(5)]
+    for _ in range(3):
+        (chunk,) = template.encode_chunks([rows])
+        assert len(chunk.lengths) == 5
+    assert sum(general) == 1
