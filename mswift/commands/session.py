@@ -90,11 +90,11 @@ def check_model(directory: Path, model: ModelSection) -> dict[str, Any]:
     """
     from mswift.conversion.directories import CONFIG_FILE, read_weights
     from mswift.conversion.formats.settings import quantisation_of
-    from mswift.families import choose_dtype, find_family
+    from mswift.families import choose_dtype, find_family, text_config
 
     if not is_megatron(directory):
         read_weights(directory)
-    config = read_json(directory / CONFIG_FILE)
+    config = text_config(read_json(directory / CONFIG_FILE), str(directory))
     quantisation_of(config, str(directory))
     find_family(config.get("architectures"), str(directory))
     choose_dtype(model.torch_dtype, config.get("dtype") or config.get("torch_dtype"), str(directory))

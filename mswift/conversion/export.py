@@ -354,4 +354,15 @@ def _config_bytes(config: Mapping[str, Any] | bytes | Path, plan: ExportPlan) ->
 def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Content of a config.json for plain weights of ``dtype``."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    return {**{key: value for key, value in config.items() if key != QUANTIZATION_KEY}, **dict.fromkeys(keys, dtype)}
+    plain = {key: value for key, value in config.items() if key != QUANTIZATION_KEY} | dict.fromkeys(keys, dtype)
+    text = plain.get("text_config")
+    if isinstance(text, dict) and "dtype" in text:
+        plain["text_config"] = {**text, "dtype": dtype}
+    return plain
+
+
+def with_field(config: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Content of a config.json with another value, also in what it says of a text part if that has one."""
+    text = config.get("text_config")
+    part = {"text_config": {**text, name: value}} if isinstance(text, dict) and name in text else {}
+    return {**config, **part, name: value}

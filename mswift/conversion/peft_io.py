@@ -15,6 +15,7 @@ import torch
 from mswift.conversion.adapters import PREFIX, adapted_modules, module_of
 from mswift.conversion.directories import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter_config
 from mswift.conversion.expert_adapters import BEFORE_019, INNER, ExpertStack, expert_modules, form_of, installed_form, parameter_of, stacked_tensors
+from mswift.conversion.file_forms import inner_name
 from mswift.conversion.rules import AnyRule, ExpertSlot, Rule
 from mswift.conversion.safetensors_io import SafetensorsFile, TensorSpec, save_file
 from mswift.conversion.staging import SmallFile, put_files, staged
@@ -187,7 +188,7 @@ def _config(base_model: str | None, rank: int, alpha: float, use_rslora: bool, u
 
 
 def read_peft(directory: str | Path, rules: Sequence[AnyRule] = ()) -> PeftAdapter:
-    """Read an adapter directory; the adapters are small, so all tensors come at once.
+    """Read an adapter directory; the adapters are small, so all tensors come at once. Those of a text part get the names that it has alone.
 
     Where ``rank_pattern`` or ``alpha_pattern`` give modules a scale of their own, their B takes the difference up, so that one scale holds.
 
@@ -204,8 +205,9 @@ def read_peft(directory: str | Path, rules: Sequence[AnyRule] = ()) -> PeftAdapt
     file = SafetensorsFile(path / WEIGHTS_FILE)
     tensors = {}
     for name, spec in file.specs.items():
-        tensors[name] = torch.empty(spec.shape, dtype=spec.dtype)
-        file.read_into(name, tensors[name])
+        inner = PREFIX + inner_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name
+        tensors[inner] = torch.empty(spec.shape, dtype=spec.dtype)
+        file.read_into(name, tensors[inner])
     file.close()
     targets = config.get("target_modules") or ()
     version = config.get("peft_version")
@@ -223,7 +225,8 @@ def read_peft(directory: str | Path, rules: Sequence[AnyRule] = ()) -> PeftAdapt
         target_parameters=tuple(sorted(config.get("target_parameters") or ())),
         form=form_of(version) if version else installed_form(),
     )
-    _level_scales(path, adapter, config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}, expert_modules(rules))
+    ranks, alphas = ({inner_name(name): value for name, value in (config.get(key) or {}).items()} for key in ("rank_pattern", "alpha_pattern"))
+    _level_scales(path, adapter, ranks, alphas, expert_modules(rules))
     _use_checkpoint_names(adapter.tensors, rules)
     return adapter
 

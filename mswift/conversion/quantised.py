@@ -17,6 +17,7 @@ from mswift.conversion.directories import CONFIG_FILE, listing, read_json
 from mswift.conversion.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from mswift.conversion.formats.base import Quantised, Span
 from mswift.conversion.formats.settings import QUANTIZATION_KEY, dtype_of, excluded_modules, quantisation_of
+from mswift.conversion.inner_reader import InnerReader
 from mswift.conversion.rules import Shape
 from mswift.conversion.safetensors_io import CheckpointReader, TensorReader, TensorSpec
 from mswift.errors import ModelError
@@ -38,7 +39,7 @@ _CHUNK = 2**21  # elements that are dequantised at a time: some tens of MiB of f
 
 
 def open_checkpoint(directory: str | Path) -> TensorReader:
-    """The tensors of a model directory, plain however they are stored.
+    """The tensors of a model directory, plain however they are stored; those of a text part under the names that it has alone.
 
     Raises:
         ModelError: the directory is damaged, quantised in a way that is not read, or its weights and scales do not belong together.
@@ -48,17 +49,21 @@ def open_checkpoint(directory: str | Path) -> TensorReader:
         config = read_json(stored.directory / CONFIG_FILE)
         settings = quantisation_of(config, str(stored.directory))
         if settings is not None:
-            return QuantisedReader(stored, settings, getattr(torch, dtype_of(config, str(stored.directory))))
+            return _bare(QuantisedReader(stored, settings, getattr(torch, dtype_of(config, str(stored.directory)))))
         raw = [name for name in stored.names if stored.dtype(name) in fp8.FP8]
         if raw:
             raise ModelError(
                 f"{stored.directory}: {listing('tensor', raw)} of fp8, but config.json has no {QUANTIZATION_KEY} to say how they are scaled; "
                 "take the model's own config.json, or a plain checkpoint"
             )
+        return _bare(stored)
     except BaseException:
         stored.close()
         raise
-    return stored
+
+
+def _bare(reader: TensorReader) -> TensorReader:
+    return InnerReader(reader) if InnerReader.fits(reader.names) else reader
 
 
 class QuantisedReader(TensorReader):

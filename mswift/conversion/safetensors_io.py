@@ -180,6 +180,10 @@ class TensorReader(ABC):
     @abstractmethod
     def close(self) -> None: ...
 
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint itself calls a tensor, or would call it."""
+        return name
+
     def shape(self, name: str) -> Shape:
         return self.spec(name).shape
 

@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from mswift.conversion.coverage import gaps, rules_by_target
 from mswift.conversion.directories import CONFIG_FILE, read_json
+from mswift.conversion.file_forms import stacked_in, with_stacks
 from mswift.conversion.load import LocalParameter, Progress, plan_load
 from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule
-from mswift.families import find_family
+from mswift.families import find_family, text_config
 from mswift.families.base import choose_dtype
 from mswift.families.common import all_rules
 from mswift.families.fields import describe_checked
@@ -72,8 +73,8 @@ def plan_conversion(
         ModelError, LayoutError: the model is not supported, or the layout does not divide it.
     """
     hf = read_hf_config(directory, trust_remote_code=trust_remote_code)
-    family = find_family(hf.architectures, str(directory))
-    description = describe_checked(family, read_json(directory / CONFIG_FILE), hf, str(directory / CONFIG_FILE), allow_unknown=True)
+    family, path = find_family(hf.architectures, str(directory)), directory / CONFIG_FILE
+    description = describe_checked(family, text_config(read_json(path), str(path)), hf, str(path), allow_unknown=True)
     wanted = getattr(torch, choose_dtype(dtype, hf.dtype, str(directory)))
     ranks, names, shapes = [], set(), []
     places = [(stage, ep) for stage in range(layout.pp) for ep in range(layout.ep)]
@@ -81,6 +82,7 @@ def plan_conversion(
         further = family.count_further(hf, reader.names)
         description = description.with_further(further)
         rules = all_rules(family, hf, description.padding(layout.tp), further)
+        rules = with_stacks(rules, stacked_in(rules, reader.names))
         for done, (stage, ep) in enumerate(places, start=1):
             with _Imagined(layout, _rank_of(layout, stage, ep)) as groups, torch.device("meta"):
                 config = transformer_config(description, groups, runtime, dtype=wanted, sequence_parallel=layout.tp > 1)

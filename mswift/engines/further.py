@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mswift.conversion.coverage import drops_of
-from mswift.conversion.directories import is_megatron, megatron_weights, read_json
+from mswift.conversion.directories import megatron_weights, read_json
 from mswift.conversion.dist_checkpoint import stored_shapes
 from mswift.conversion.export_plan import ExportParameter
-from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import PaddedRows, Rename, Rule
 from mswift.conversion.safetensors_io import TensorReader
 from mswift.conversion.shards import Shard
@@ -35,11 +34,10 @@ PREFIX = "mtp."
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def count_in(directory: Path, family: ModelFamily, hf: HfConfig) -> int:
-    """How many such layers a checkpoint of either form has."""
-    if not is_megatron(directory):
-        with open_checkpoint(directory) as reader:
-            return family.count_further(hf, reader.names)
+def count_in(directory: Path, family: ModelFamily, hf: HfConfig, reader: TensorReader | None) -> int:
+    """How many such layers a checkpoint has; `reader`: of a Hugging Face directory."""
+    if reader is not None:
+        return family.count_further(hf, reader.names)
     numbers = {match[1] for key in stored_shapes(megatron_weights(directory)) if (match := re.match(r"mtp\.layers\.(\d+)\.", key))}
     return len(numbers)
 

@@ -30,6 +30,7 @@ from mswift.conversion.staging import TextFile, begin_draft, check_space, check_
 from mswift.engines.further import NOTE_FILE, PREFIX, names_of_copies
 from mswift.engines.megatron_keys import EXTRA_STATE, FOREIGN, add_extra_states, fit_to_stored, is_single
 from mswift.errors import CheckpointError
+from mswift.families.base import text_config
 from mswift.families.common import FURTHER_LAYERS
 from mswift.families.modules import CausalLM
 from mswift.log import is_main_process
@@ -97,9 +98,11 @@ def write_checkpoint(
     note: dict[str, Any] = {"family": model.family.name, "dtype": dtype, "layout": model.groups.layout.describe()}
     wider = sorted(gather_names(model.held_wider))
     note |= {"held_wider": wider} if wider else {}
+    note |= {"stacked": sorted(model.stacked)} if model.stacked else {}
     if copies := names_of_copies(model):
         note["copies"] = copies
-    texts = {NOTE_FILE: note, CONFIG_FILE: plain_config(read_json(model.settings.directory / CONFIG_FILE), dtype)}
+    path = model.settings.directory / CONFIG_FILE
+    texts = {NOTE_FILE: note, CONFIG_FILE: plain_config(text_config(read_json(path), str(path)), dtype)}
     agree(attempt(lambda: _finish(draft, directory, texts, model.tokenizer_files())), f"writing {directory}")
     figures = torch.tensor([writer.bytes, writer.num_files, writer.reused])
     dist.all_reduce(figures)
@@ -120,6 +123,12 @@ def _finish(draft: Path, directory: Path, texts: Mapping[str, Any], beside: Iter
 def _identity(model: MegatronModel) -> dict[str, Any]:
     """What a half-written checkpoint must have in common with the attempt that goes on with it."""
     return {"source": stamp_of(model.settings.directory), "dtype": str(model.dtype), "layout": model.groups.layout.describe()}
+
+
+def stacked_of(directory: Path) -> frozenset[str]:
+    """The stacks of experts that the source of a Megatron checkpoint had; see `file_forms.stacked_in`."""
+    note = directory / NOTE_FILE
+    return frozenset(read_json(note).get("stacked", ())) if note.is_file() else frozenset()
 
 
 def wider_names(directory: Path) -> set[str]:

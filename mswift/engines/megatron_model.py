@@ -17,8 +17,9 @@ from mswift.conversion.collective import ExportGroups, Spread
 from mswift.conversion.coverage import rules_by_target
 from mswift.conversion.directories import CONFIG_FILE, is_megatron, read_json
 from mswift.conversion.dist_checkpoint import StoredTensors
-from mswift.conversion.export import ExportReport, export_model
+from mswift.conversion.export import ExportReport, export_model, with_field
 from mswift.conversion.export_plan import ExportParameter
+from mswift.conversion.file_forms import TOWER, renamed, stacked_in, with_stacks
 from mswift.conversion.load import LoadPlan, LocalParameter, Progress, all_names, gather_names, plan_load
 from mswift.conversion.quantised import open_checkpoint
 from mswift.conversion.rules import AnyRule
@@ -26,9 +27,9 @@ from mswift.conversion.safetensors_io import TensorReader, bytes_of
 from mswift.conversion.shards import Axis
 from mswift.conversion.staging import TextFile, stamp_of
 from mswift.engines import further, megatron_adapter
-from mswift.engines.megatron_checkpoint import read_checkpoint, wider_names
+from mswift.engines.megatron_checkpoint import read_checkpoint, stacked_of, wider_names
 from mswift.errors import ConfigError
-from mswift.families import find_family
+from mswift.families import find_family, text_config
 from mswift.families.base import HfConfig, MegatronDescription, ModelFamily, choose_dtype
 from mswift.families.common import all_rules
 from mswift.families.fields import describe_checked
@@ -53,6 +54,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Of a model with a vision tower."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -86,6 +89,7 @@ class MegatronModel:
     Attributes:
         chunks: the model chunks of this rank. family, hf_config, description: what the checkpoint is.
         tokenizer_directory: where the small files of an export are copied from. beside: those that are written in their place.
+        stacked: what the checkpoint has stacks of experts for, see `stacked_in`.
         lora: settings of the adapters in the chunks, or None. quantised: weights that the chunks have in codes only. held_wider: weights that
             are in fp32 here (routers) and in `dtype` in the checkpoint.
     """
@@ -95,18 +99,18 @@ class MegatronModel:
         self.hf_config: HfConfig = read_hf_config(settings.directory, trust_remote_code=settings.trust_remote_code)
         self.family: ModelFamily = find_family(self.hf_config.architectures, str(settings.directory))
         path = settings.directory / CONFIG_FILE
-        self.description: MegatronDescription = describe_checked(
-            self.family, read_json(path), self.hf_config, str(path), allow_unknown=settings.allow_unknown_config
-        )
+        raw, allowed = text_config(read_json(path), str(path)), settings.allow_unknown_config
+        self.description: MegatronDescription = describe_checked(self.family, raw, self.hf_config, str(path), allow_unknown=allowed)
+        reader = None if is_megatron(settings.directory) else open_checkpoint(settings.directory)
         if settings.further:
-            self.description = self.description.with_further(further.count_in(settings.directory, self.family, self.hf_config))
+            self.description = self.description.with_further(further.count_in(settings.directory, self.family, self.hf_config, reader))
         self.dtype: torch.dtype = _DTYPES[choose_dtype(settings.dtype, self.hf_config.dtype, str(settings.directory))]
         self.config = transformer_config(
             self.description, groups, runtime, dtype=self.dtype, sequence_parallel=settings.sequence_parallel, **(settings.transformer or {})
         )
-        self.rules: tuple[AnyRule, ...] = all_rules(
-            self.family, self.hf_config, self.description.padding(groups.layout.tp), self.description.built_further
-        )
+        rules = all_rules(self.family, self.hf_config, self.description.padding(groups.layout.tp), self.description.built_further)
+        self.stacked = stacked_of(settings.directory) if reader is None else stacked_in(rules, reader.names)
+        self.rules: tuple[AnyRule, ...] = with_stacks(rules, self.stacked)
         self.chunks: list[CausalLM] = build_model(self.description, self.config, groups)
         self.lora: LoraSettings | None = None
         self.held_wider: set[str] = set()
@@ -116,11 +120,11 @@ class MegatronModel:
         self._plan: LoadPlan | None = None
         self._later: LoadPlan | StoredTensors | None = None
         local = self._local_parameters()
-        if is_megatron(settings.directory):
+        if reader is None:
             self._later = read_checkpoint(self, local, deferred=settings.deferred)
             self.held_wider = wider_names(settings.directory)
         else:
-            self._plan = plan_load(local, self.rules, open_checkpoint(settings.directory), model_parameters=all_names(local))
+            self._plan = plan_load(local, self.rules, reader, model_parameters=all_names(local))
             self.held_wider = self._plan.stored_in(self.dtype)
             if settings.deferred:
                 self._plan.once, self._later = True, self._plan
@@ -155,6 +159,10 @@ class MegatronModel:
     def reader(self) -> TensorReader | None:
         """The Hugging Face directory that the model is read from; None where it is a Megatron checkpoint."""
         return None if self._plan is None else self._plan.reader
+
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint that the model is read from calls a tensor."""
+        return name if self.reader is None else self.reader.stored_name(name)
 
     @property
     def linear_names(self) -> set[str]:
@@ -296,6 +304,11 @@ class MegatronModel:
         names = [name for name in TOKENIZER_FILES if name not in written]
         return [*(path for name in names if (path := self.tokenizer_directory / name).is_file()), *self.beside]
 
+    def _processor_files(self) -> list[Path]:
+        """What prepares images, where the checkpoint has what sees them."""
+        files = (self.settings.directory / name for name in PROCESSOR_FILES)
+        return [path for path in files if path.is_file()] if TOWER.reason in self.left_out else []
+
     def _adapter_digest(self) -> str:
         """SHA-256 of this rank's part of the adapters."""
         digest = hashlib.sha256()
@@ -382,11 +395,11 @@ class MegatronModel:
             source = {"model": stamp_of(self.settings.directory), "adapter": self._adapter_digest()}
         return export_model(
             parameters + carried,
-            [*self.rules, *carried_rules],
+            [renamed(rule, self.stored_name) for rule in (*self.rules, *carried_rules)],
             directory,
-            config={**self._exported_config(), **({"tie_word_embeddings": False} if own_head else {})},
+            config=with_field(self._exported_config(), "tie_word_embeddings", False) if own_head else self._exported_config(),
             groups=self._export_groups(),
-            extra_files=self.tokenizer_files(),
+            extra_files=[*self.tokenizer_files(), *self._processor_files()],
             max_shard_size=max_shard_size,
             exist_ok=exist_ok,
             source=source,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from mswift.families.base import MegatronDescription, ModelFamily, choose_dtype, families, find_family
+from mswift.families.base import MegatronDescription, ModelFamily, choose_dtype, families, find_family, text_config
 
 FAMILY_MODULES = (
     *("cohere", "deepseek", "dots1", "ernie4_5", "ernie4_5_moe", "gemma", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "hunyuan"),
@@ -14,4 +14,4 @@ FAMILY_MODULES = (
 for _module in FAMILY_MODULES:
     importlib.import_module(f"mswift.families.{_module}")
 
-__all__ = ["MegatronDescription", "ModelFamily", "choose_dtype", "families", "find_family"]
+__all__ = ["MegatronDescription", "ModelFamily", "choose_dtype", "families", "find_family", "text_config"]

@@ -6,7 +6,7 @@ Importing the families needs no torch, so that an architecture that none of them
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -253,6 +253,7 @@ class ModelFamily:
         rules: (Hugging Face config, padding of the layout) -> one rule for every tensor.
         further_rules: (Hugging Face config, padding, how many) -> the rules of the layers that predict further ahead; None: they cannot be loaded.
         count_further: (Hugging Face config, names of a checkpoint's tensors) -> how many of them it has.
+        holders: values of ``architectures`` of larger models whose text part it is.
         limits: variants of it, and settings, that are refused or do not work; for docs/models.md.
         model_types: pairs of a ``model_type`` that transformers does not know and the one whose config class reads such a config.json.
     """
@@ -265,20 +266,42 @@ class ModelFamily:
     count_further: Callable[[HfConfig, Iterable[str]], int] = lambda _hf, _tensors: 0
     model_types: tuple[tuple[str, str], ...] = ()
     limits: str = ""
+    holders: tuple[str, ...] = ()
 
 
 _FAMILIES: dict[str, ModelFamily] = {}
+_HOLDERS: dict[str, ModelFamily] = {}
 
 
 def register(family: ModelFamily) -> ModelFamily:
     for architecture in family.architectures:
         _FAMILIES[architecture] = family
+    for architecture in family.holders:
+        _HOLDERS[architecture] = family
     return family
 
 
 def families() -> tuple[ModelFamily, ...]:
     """Every registered family, by name."""
     return tuple(sorted(set(_FAMILIES.values()), key=lambda family: family.name))
+
+
+def text_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config.json as that of a text model: of one with a vision tower, what it says of its text part.
+
+    Raises:
+        ModelError: it should have a text part and says nothing of it.
+    """
+    names = raw.get("architectures")
+    holder = next((name for name in names if isinstance(name, str) and name in _HOLDERS), None) if isinstance(names, list) else None
+    if holder is None:
+        return dict(raw)
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise ModelError(f"{where}: a config.json of {holder} without a text_config; download it again")
+    shared = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "transformers_version")
+    outer = {name: raw[name] for name in shared if name in raw}
+    return {**text, **outer, "architectures": [_HOLDERS[holder].architectures[0]]}
 
 
 def find_family(architectures: object, where: str) -> ModelFamily:
@@ -294,7 +317,7 @@ def find_family(architectures: object, where: str) -> ModelFamily:
     for name in names:
         if name in _FAMILIES:
             return _FAMILIES[name]
-    known = sorted(_FAMILIES)
+    known = sorted({*_FAMILIES, *_HOLDERS})
     if not names:
         raise ModelError(f"{where}: config.json has architectures {architectures!r}, wanted a list with one, such as {known[-1]}; mend it")
     nearest = difflib.get_close_matches(names[0], known, n=1, cutoff=0.0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from mswift.conversion.file_forms import stacked_in, with_stacks
 from mswift.conversion.rules import AnyRule, Drop, FusedGateUp, FusedQKV, PaddedRows, Rename, Rule, TiedHead
 from mswift.errors import ModelError
 from mswift.families.base import AttentionStyle, HfConfig, MegatronDescription, ModelFamily, NormStyle, Padding, register
@@ -198,6 +199,7 @@ def decoder_family(
     names: TensorNames | None = None,
     model_types: tuple[tuple[str, str], ...] = (),
     limits: str = "",
+    holders: tuple[str, ...] = (),
 ) -> ModelFamily:
     """Register a family whose rules follow from its description and its names; see `ModelFamily` for the rest."""
     known = names or TensorNames()
@@ -211,7 +213,7 @@ def decoder_family(
     def count(hf: HfConfig, tensors: Iterable[str]) -> int:
         return count_further(describe(hf), set(tensors), known)
 
-    return register(ModelFamily(name, architectures, describe, rules, further, count, model_types, limits))
+    return register(ModelFamily(name, architectures, describe, rules, further, count, model_types, limits, holders))
 
 
 def decoder_rules(description: MegatronDescription, padding: Padding, names: TensorNames) -> tuple[AnyRule, ...]:
@@ -286,8 +288,9 @@ def count_further(description: MegatronDescription, tensors: Collection[str], na
     if description.further_layers != 1:
         return 0
     rules = further_rules(description.with_further(1), description.padding(1), names)
-    read = {source for rule in rules if isinstance(rule, Rule) for source in rule.sources}
-    return int(read == {name for name in tensors if any(drop.told and drop.matches(name) for drop in names.dropped)})
+    read = {source for rule in with_stacks(rules, stacked_in(rules, tensors)) if isinstance(rule, Rule) for source in rule.sources}
+    dropped = [drop for drop in names.dropped if drop.reason == FURTHER_LAYERS]
+    return int(read == {name for name in tensors if any(drop.matches(name) for drop in dropped)})
 
 
 def _norm(ours: str, theirs: str, description: MegatronDescription) -> list[Rule]:

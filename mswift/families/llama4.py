@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mswift.conversion.file_forms import TOWER
 from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription
 from mswift.families.common import TensorNames, decoder_family, describe_decoder, rotations
@@ -53,5 +54,12 @@ EXPERTS = ExpertNames(
     shared="feed_forward.shared_expert",
     experts_module="feed_forward.experts",
 )
-NAMES = TensorNames(gate_up=("feed_forward.gate_proj", "feed_forward.up_proj"), down="feed_forward.down_proj", experts=EXPERTS)
-LLAMA4 = decoder_family("llama4_text", ("Llama4ForCausalLM",), describe, NAMES, limits="more than one expert a token; the vision tower")
+NAMES = TensorNames(gate_up=("feed_forward.gate_proj", "feed_forward.up_proj"), down="feed_forward.down_proj", experts=EXPERTS, dropped=(TOWER,))
+LLAMA4 = decoder_family(
+    "llama4_text",
+    ("Llama4ForCausalLM",),
+    describe,
+    NAMES,
+    limits="more than one expert a token; the vision tower (carried along, not built)",
+    holders=("Llama4ForConditionalGeneration",),
+)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mswift.conversion.directories import CONFIG_FILE, read_json
 from mswift.conversion.shards import Shard
 from mswift.errors import ModelError, one_line
-from mswift.families.base import HfConfig, MegatronDescription, RouterStyle, find_family
+from mswift.families.base import HfConfig, MegatronDescription, RouterStyle, find_family, text_config
 from mswift.families.modules import (
     AddToResidual,
     BiasedColumnParallelLinear,
@@ -68,12 +68,19 @@ def read_hf_config(directory: Path, *, trust_remote_code: bool = False) -> HfCon
 
     path = directory / CONFIG_FILE
     raw = read_json(path)
-    family = find_family(raw.get("architectures"), str(directory))
+    text = text_config(raw, str(path))
+    family = find_family(text.get("architectures"), str(directory))
     known = dict(family.model_types).get(raw.get("model_type", ""))
     try:
         if known is not None:
             return CONFIG_MAPPING[known].from_dict(raw)
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        whole = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if text["architectures"] == raw["architectures"]:
+            return whole
+        part = whole.get_text_config()
+        part.architectures, part.tie_word_embeddings = text["architectures"], whole.tie_word_embeddings
+        part.dtype = whole.dtype or part.dtype
+        return part
     except Exception as error:  # each config class checks its fields in its own way
         raise ModelError(f"{path} is not a valid {raw.get('model_type')} config: {one_line(error)}; mend it, or download it again") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mswift.conversion.file_forms import TOWER
 from mswift.conversion.rules import Drop
 from mswift.errors import ModelError
 from mswift.families.base import HfConfig, MegatronDescription, NormStyle
@@ -59,9 +60,18 @@ def _mixture(hf: HfConfig, layers: list[int] | None, normalised: bool) -> dict[s
 
 
 NOT_YET = "context parallelism; several layers that predict further ahead (carried along, not built)"
-TOWER = f"{NOT_YET}; the vision tower"
+TEXT_ONLY = f"{NOT_YET}; the vision tower (carried along, not built)"
 PACKED = TensorNames(delta_inputs="packed", dropped=MTP, further=FURTHER)
-SEPARATE = TensorNames(delta_inputs="separate", dropped=MTP, further=FURTHER)
+SEPARATE = TensorNames(delta_inputs="separate", dropped=(*MTP, TOWER), further=FURTHER)
 QWEN3_NEXT = decoder_family("qwen3_next", ("Qwen3NextForCausalLM",), describe_next, PACKED, limits=NOT_YET)
-QWEN3_5 = decoder_family("qwen3_5_text", ("Qwen3_5ForCausalLM",), describe_dense, SEPARATE, limits=TOWER)
-QWEN3_5_MOE = decoder_family("qwen3_5_moe_text", ("Qwen3_5MoeForCausalLM",), describe_moe, SEPARATE, limits=f"{TOWER}; mlp_only_layers")
+QWEN3_5 = decoder_family(
+    "qwen3_5_text", ("Qwen3_5ForCausalLM",), describe_dense, SEPARATE, limits=TEXT_ONLY, holders=("Qwen3_5ForConditionalGeneration",)
+)
+QWEN3_5_MOE = decoder_family(
+    "qwen3_5_moe_text",
+    ("Qwen3_5MoeForCausalLM",),
+    describe_moe,
+    SEPARATE,
+    limits=f"{TEXT_ONLY}; mlp_only_layers",
+    holders=("Qwen3_5MoeForConditionalGeneration",),
+)

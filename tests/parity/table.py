@@ -33,6 +33,9 @@ Not supported in any of them: fp16 weights, dropout other than in attention, oth
 is made 1, DoRA on experts, routers, embedding and head, rows end to end over context-parallel ranks. Rotary types:
 default, linear, llama3, yarn, dynamic, longrope (the length of the prompt decides for the whole answer), partial, interleaved, one a layer type.
 Layers that predict further ahead (MTP) of deepseek_v3, glm4_moe, qwen3_next and qwen3_5 are converted, and trained with `--mtp_num_layers`.
+Routed experts may be written one by one or all of a layer in two tensors, and come back so. Of the checkpoints of larger models (`Qwen3_5...` and
+`Llama4ForConditionalGeneration`) the text part is trained; an export from the Hugging Face form has the vision tower as it was, a Megatron
+checkpoint is the text model alone.
 The last column has what a family lacks besides: where it is a field of config.json, a model that has it is refused.
 
 | family | architectures | variants | logits | loss | layouts | not supported |
@@ -72,7 +75,7 @@ def kept(family: ModelFamily) -> tuple[str, str]:
 
 def row_of(family: ModelFamily, figures: tuple[str, str]) -> str:
     """One line of the table."""
-    architectures = ", ".join(f"`{name}`" for name in family.architectures)
+    architectures = ", ".join(f"`{name}`" for name in (*family.architectures, *family.holders))
     layouts = f"tp1, {layouts_of(family.name)}"
     return f"| {' | '.join([family.name, architectures, ', '.join(CASES[family.name]), *figures, layouts, family.limits or '-'])} |\n"
 
