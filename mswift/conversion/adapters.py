@@ -127,6 +127,19 @@ def magnitude_from_peft(rule: Rule, tensors: Mapping[str, torch.Tensor], otherwi
     return found
 
 
+def column_magnitude(rule: Rule, tensors: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+    """The magnitudes ``[columns]`` of an embedding, of which peft has one for each column.
+
+    Raises:
+        ConversionError: they are missing or of another shape.
+    """
+    found = tensors.get(magnitude_name(rule.sources[0]))
+    if found is None or found.shape != (columns,):
+        got = "none" if found is None else tuple(found.shape)
+        raise ConversionError(f"the magnitude of {module_of(rule.sources[0])} is {got}, wanted {(columns,)}; copy the adapter again")
+    return found
+
+
 def _blocks(a: torch.Tensor, bs: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Undo the stacking of `_stack` where every B is zero outside its own columns; otherwise A whole for each."""
     rank, remainder = divmod(a.shape[0], len(bs))

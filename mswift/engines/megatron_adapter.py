@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from mswift.conversion.adapters import (
     adapter_rule,
+    column_magnitude,
     lora_from_peft,
     lora_to_peft,
     magnitude_from_peft,
+    magnitude_name,
     magnitude_to_peft,
     module_of,
     unplaced_modules,
@@ -149,7 +151,9 @@ def _local_shapes(model: MegatronModel) -> dict[str, Shape]:
 def _fill(model: MegatronModel, module: Adapter, rule: Rule, pair: Pair, tensors: Mapping[str, torch.Tensor], shape: Shape) -> None:
     shards = [shard_of(parameter, model.groups) for parameter in (module.lora_a, module.lora_b)]
     module.load(*(take(whole, shard, parts) for whole, shard, parts in zip(pair, shards, (1, rule.parts))))
-    if module.lora_magnitude is not None:
+    if module.lora_magnitude is not None and module.by_columns:
+        module.load_magnitude(column_magnitude(rule, tensors, shape[1]))
+    elif module.lora_magnitude is not None:
         whole = magnitude_from_peft(rule, tensors, torch.full(shape[:1], torch.nan), shape[1])
         mine = take(whole, shard_of(module.lora_magnitude, model.groups), rule.parts).to(module.lora_magnitude)
         with torch.no_grad():
@@ -205,8 +209,11 @@ def _written(rules: Mapping[str, Rule], whole: Mapping[str, torch.Tensor], form:
         if name not in stacked:
             rule = _in_model(rules[name]) if for_peft else adapter_rule(rules[name])
             tensors |= lora_to_peft(rule, a, b)
-            if f"{name}/lora_magnitude" in whole:
-                tensors |= magnitude_to_peft(rule, whole[f"{name}/lora_magnitude"], a.shape[1])
+            magnitude = whole.get(f"{name}/lora_magnitude")
+            if magnitude is not None and kind_of(adaptable(name) or "") == EMBEDDING:
+                tensors[magnitude_name(rule.sources[0])] = magnitude
+            elif magnitude is not None:
+                tensors |= magnitude_to_peft(rule, magnitude, a.shape[1])
     stacks = gather_stacks(rules, {name: fused[name] for name in stacked})
     targets = _Targets(rules, fused, for_peft and not dora)
     return WrittenAdapter(

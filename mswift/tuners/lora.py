@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -64,11 +64,15 @@ class LoraSettings:
 class Adapter(nn.Module):
     """A frozen layer and the factors beside its weight; what all kinds of adapters have in common.
 
+    DoRA's magnitudes are those of the rows of the weight; with `by_columns` those of its columns, as peft has them in an embedding.
+
     Args:
         base: the layer; frozen here. name: global name, from which the initial values and the dropout masks follow.
         group: the ranks that share the weight. spread: these hold experts of their own, which other tensor-parallel ranks do not have.
         width: input columns of the whole layer that are real; the rest are padded heads, where A stays zero. None: all.
     """
+
+    by_columns: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -92,11 +96,12 @@ class Adapter(nn.Module):
         self.width = width or in_features * (group.size() if kind == "row" else 1)
         self.lora_a = nn.Parameter(weight.new_empty(settings.rank, in_features))
         self.lora_b = nn.Parameter(weight.new_zeros(out_features, settings.rank))
-        self.lora_magnitude = nn.Parameter(weight.new_ones(out_features)) if settings.use_dora else None
+        magnitudes = in_features if self.by_columns else out_features
+        self.lora_magnitude = nn.Parameter(weight.new_ones(magnitudes)) if settings.use_dora else None
         self._mark(self.lora_a, 1 if kind == "row" else None, spread)
-        for rows in (self.lora_b, self.lora_magnitude):
-            if rows is not None:
-                self._mark(rows, 0 if kind == "column" else None, spread)
+        self._mark(self.lora_b, 0 if kind == "column" else None, spread)
+        if self.lora_magnitude is not None:
+            self._mark(self.lora_magnitude, 0 if kind == "column" and not self.by_columns else None, spread)
         self._initialise(settings)
 
     @property
@@ -120,7 +125,7 @@ class Adapter(nn.Module):
     def shared_factors(self) -> list[nn.Parameter]:
         """The factors that every rank of the group holds whole, and whose gradient is a partial sum on each of them."""
         if self.kind == "column":
-            return [self.lora_a]
+            return [factor for name, factor in self.factors.items() if name == "lora_a" or (name == "lora_magnitude" and self.by_columns)]
         return [factor for name, factor in self.factors.items() if name != "lora_a"] if self.kind == "row" else []
 
     def _mark(self, parameter: nn.Parameter, dim: int | None, spread: bool) -> None:
@@ -161,44 +166,52 @@ class Adapter(nn.Module):
         self.lora_a.zero_()[: a.shape[0]].copy_(a)
         self.lora_b.zero_()[:, : b.shape[1]].copy_(b)
 
+    @torch.no_grad()
+    def load_magnitude(self, values: Tensor) -> None:
+        """Take DoRA's magnitudes, of which every rank holds all."""
+        assert self.lora_magnitude is not None
+        self.lora_magnitude.copy_(values)
+
     def _changed(self) -> Tensor:
         """``W + scale * B A`` in fp32."""
         return (self.lora_b.detach().float() @ self.lora_a.detach().float()).mul_(self.scale).add_(self.base_weight.detach())
 
     @torch.no_grad()
-    def row_norms(self, *, exact: bool = False) -> Tensor:
-        """fp32 norms of the whole rows of ``W + scale * B A``. Collective where the rows are split.
+    def norms(self, *, exact: bool = False) -> Tensor:
+        """fp32 norms of the whole rows, or columns, of ``W + scale * B A``. Collective where these are split.
 
         Args:
             exact: from the sum itself, not from the parts of its square.
         """
         if exact:
-            squares = self._changed().square_().sum(1)
+            squares = self._changed().square_().sum(0 if self.by_columns else 1)
         else:
-            weight, a, b = self.base_weight.detach(), self.lora_a.detach(), self.lora_b.detach().float()
-            crossed = torch.mm(widen(weight), widen(a).t()).float()
-            a = a.float()
-            squares = self._squares() + (2 * self.scale * crossed + self.scale**2 * (b @ (a @ a.t()))).mul_(b).sum(1)
-        if self.kind == "row" and self.group.size() > 1:
+            weight, a, b = self.base_weight.detach(), self.lora_a.detach(), self.lora_b.detach()
+            weight, own, other = (weight.t(), a.t(), b.t()) if self.by_columns else (weight, b, a)
+            crossed = torch.mm(widen(weight), widen(other).t()).float()
+            own, other = own.float(), other.float()
+            squares = self._squares() + (2 * self.scale * crossed + self.scale**2 * (own @ (other @ other.t()))).mul_(own).sum(1)
+        if self.kind == ("column" if self.by_columns else "row") and self.group.size() > 1:
             dist.all_reduce(squares, group=self.group)
         return squares.clamp_(min=0.0).sqrt_()
 
     def _squares(self) -> Tensor:
-        """Sums of the squares of this rank's part of each row of the base, which never changes."""
+        """Sums of the squares of this rank's part of each row, or column, of the base, which never changes."""
         if "base_squares" not in vars(self):
-            self.base_squares = torch.cat([rows.float().square().sum(1) for rows in self.base_weight.detach().split(4096)])
+            squares = [rows.float().square().sum(0 if self.by_columns else 1) for rows in self.base_weight.detach().split(4096)]
+            self.base_squares = torch.stack(squares).sum(0) if self.by_columns else torch.cat(squares)
         return self.base_squares
 
     @torch.no_grad()
     def start_magnitudes(self) -> None:
         """DoRA begins at the norms of the base. Collective where rows are split."""
         if self.lora_magnitude is not None:
-            self.lora_magnitude.copy_(self.row_norms(exact=True))
+            self.lora_magnitude.copy_(self.norms(exact=True))
 
     def prepare_merge(self) -> None:
         """What `merged_weight` needs of other ranks. Collective."""
         if self.lora_magnitude is not None:
-            self.norms_to_merge = self.row_norms(exact=True)
+            self.norms_to_merge = self.norms(exact=True)
 
     def merged_weight(self, base: Tensor | None = None) -> Tensor:
         """This rank's part of the adapted weight: computed in fp32, rounded once to the dtype of W. The base is not touched.
@@ -209,14 +222,14 @@ class Adapter(nn.Module):
         base = self.base_weight.detach() if base is None else base
         if self.lora_magnitude is not None:
             factor = magnitude_factor(self.lora_magnitude.detach(), self.norms_to_merge)
-            return self._changed().mul_(factor[:, None]).to(base.dtype)
+            return self._changed().mul_(factor if self.by_columns else factor[:, None]).to(base.dtype)
         delta = (self.lora_b.detach().float() @ self.lora_a.detach().float()).mul_(self.scale)
         return torch.where(delta == 0, base, (delta + base).to(base.dtype))  # a zero keeps its sign where nothing is added
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """megatron's description of the adapter and the base for dist_checkpointing; base names are as without an adapter."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        axes = {"column": {"lora_b": 0, "lora_magnitude": 0}, "row": {"lora_a": 1}, "whole": {}}[self.kind]
+        axes = {"column": {"lora_b": 0} | ({} if self.by_columns else {"lora_magnitude": 0}), "row": {"lora_a": 1}, "whole": {}}[self.kind]
         groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
         sharded = make_sharded_tensors_for_checkpoint(self.factors, prefix, axes, sharded_offsets, **groups)
         layer: Any = self.base_layer
@@ -225,7 +238,7 @@ class Adapter(nn.Module):
 
 
 def magnitude_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """fp32 factor of each row; 1 for rows of zeros, which are padding."""
+    """fp32 factor of each row or column; 1 for those of zeros, which are padding."""
     return torch.where(norms > 0, magnitude.float() / norms.clamp(min=1e-30), torch.ones_like(norms))
 
 
@@ -301,7 +314,7 @@ class LoraLinear(Adapter):
             return quantised_product(self.packed, x, bias, x_group, gather, lora_a=self.lora_a, lora_b=self.lora_b, **self.adapter_of(x))
         weight, mask = self.base_weight, self.adapter_of(x)
         scale, p = mask.pop("scale"), mask.pop("dropout_p")
-        factor = None if self.lora_magnitude is None else magnitude_factor(self.lora_magnitude, self.row_norms())
+        factor = None if self.lora_magnitude is None else magnitude_factor(self.lora_magnitude, self.norms())
         common: dict[str, Any] = {"scale": scale, "factor": factor}
         if factor is None or p == 0.0:
             common |= {"dropout_p": p, "group": x_group, "sequence_parallel": gather, **mask}
@@ -348,12 +361,19 @@ class LoraHead(LoraLinear):
         return gather_from_tensor_model_parallel_region(output, group=self.group) if gather else output, bias
 
     def extend(self, hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[s, b, hidden + r]`` and a weight ``[rows here, hidden + r]`` whose product are the logits of the adapted head."""
+        """Hidden states ``[s, b, columns]`` and a weight ``[rows here, columns]`` whose product are the logits of the adapted head.
+
+        The columns are those of the head, then r; with DoRA those of the head again between them, by how much the magnitude changes it.
+        """
         kept = hidden_states
         if self.training and self.dropout > 0:
             kept = dropout_of(hidden_states, self.dropout, self.seed())
         down = torch.matmul(widen(kept), widen(self.lora_a).t()).mul(self.scale).to(hidden_states.dtype)
-        return torch.cat((hidden_states, down), dim=-1), torch.cat((weight, self.lora_b), dim=1)
+        if self.lora_magnitude is None:
+            return torch.cat((hidden_states, down), dim=-1), torch.cat((weight, self.lora_b), dim=1)
+        factor = magnitude_factor(self.lora_magnitude, self.norms())[:, None]
+        changed = [(factor - 1.0).mul(weight).to(weight.dtype), (factor * self.lora_b).to(weight.dtype)]
+        return torch.cat((hidden_states, kept, down), dim=-1), torch.cat((weight, *changed), dim=1)
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, Adapter]]:

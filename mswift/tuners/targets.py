@@ -20,7 +20,7 @@ ALL_LINEAR = (
 """Kinds of modules that ``all-linear`` stands for: every linear layer of a block, those of routed experts too."""
 ROUTER, EMBEDDING, HEAD = "router", "word_embeddings", "output_layer"
 ADAPTABLE = (*ALL_LINEAR, ROUTER, EMBEDDING, HEAD)
-WITHOUT_DORA = (*EXPERT_LINEAR, "shared_expert_gate", ROUTER, EMBEDDING, HEAD)
+WITHOUT_DORA = (*EXPERT_LINEAR, "shared_expert_gate", ROUTER)
 """Kinds for which there is no DoRA: peft has none for parameters of all experts, none of the others is done here."""
 GATE_WEIGHT = "gate_weight"
 

@@ -15,7 +15,7 @@ from mswift.families.modules import GroupedExperts, SharedExperts
 from mswift.kernels.lora_linear import dropout_of
 from mswift.runtime.precision import widen
 from mswift.tuners.experts import AdaptedExpertLayers
-from mswift.tuners.lora import Adapter, LoraHead, LoraLinear, LoraSettings
+from mswift.tuners.lora import Adapter, LoraHead, LoraLinear, LoraSettings, magnitude_factor
 from mswift.tuners.targets import GATE_WEIGHT, HEAD, check_dora, kind_of
 
 
@@ -26,6 +26,7 @@ class LoraEmbedding(Adapter):
     """
 
     base_layer: VocabParallelEmbedding
+    by_columns = True
 
     def __init__(self, base: VocabParallelEmbedding, name: str, settings: LoraSettings) -> None:
         super().__init__(base, base.weight, name, settings, "column", group=base.tp_group)
@@ -44,7 +45,10 @@ class LoraEmbedding(Adapter):
         foreign = (ids < base.vocab_start_index) | (ids >= base.vocab_end_index)
         rows = (ids - base.vocab_start_index).masked_fill(foreign, 0)
         added = torch.matmul(widen(nn.functional.embedding(rows, self.lora_b)), widen(self.lora_a)) * self.scale
-        output = (nn.functional.embedding(rows, base.weight) + added).to(base.weight.dtype).masked_fill(foreign[..., None], 0.0)
+        output = nn.functional.embedding(rows, base.weight) + added
+        if self.lora_magnitude is not None:
+            output = output * magnitude_factor(self.lora_magnitude, self.norms())
+        output = output.to(base.weight.dtype).masked_fill(foreign[..., None], 0.0)
         if base.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(output.transpose(0, 1).contiguous(), group=self.group)
         return reduce_from_tensor_model_parallel_region(output, group=self.group)

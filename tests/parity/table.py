@@ -30,7 +30,7 @@ the largest difference of a logit over all variants, and of the loss relative to
 the gradient of every tensor (1e-4), adapters in `peft`, greedy answers, and the bits of every tensor after Hugging Face -> Megatron -> Hugging Face.
 
 Not supported in any of them: fp16 weights, dropout other than in attention, other activations than the family's own, one expert a token whose weight
-is made 1, DoRA on experts, routers, embedding and head, rows end to end over context-parallel ranks. Rotary types:
+is made 1, DoRA on experts, their gates and routers, rows end to end over context-parallel ranks. Rotary types:
 default, linear, llama3, yarn, dynamic, longrope (the length of the prompt decides for the whole answer), partial, interleaved, one a layer type.
 Layers that predict further ahead (MTP) of deepseek_v3, glm4_moe, qwen3_next and qwen3_5 are converted, and trained with `--mtp_num_layers`.
 Routed experts may be written one by one or all of a layer in two tensors, and come back so. Of the checkpoints of larger models (`Qwen3_5...` and

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mswift.tuners.targets import ALL_LINEAR, WITHOUT_DORA
+from mswift.tuners.targets import ALL_LINEAR, EMBEDDING, HEAD, WITHOUT_DORA
 from tests.distributed.harness import RankError, run_distributed
 from tests.distributed.runs import Run, open_model
 from tests.parity.cases import options_of
@@ -68,6 +68,47 @@ def test_gradients_equal_those_of_peft(layout: str, base: Path, ids: Tensor, tmp
     check_gradients_of_an_adapter(LAYOUTS[layout], base, rows, tmp_path)
 
 
+ENDS = {**DORA, "targets": (*ALL_LINEAR, EMBEDDING, HEAD)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_embedding_and_head_compute_the_same_in_peft_and_merged(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
+    """The magnitudes of an embedding are those of its columns, over the whole vocabulary."""
+    world, sizes = LAYOUTS[layout]
+    run = Run(base, base.parent / "rows.jsonl", steps=4, lora={**ENDS, "dropout": 0.1}, **sizes)
+    ranks = run_distributed(train_lora, world, run, ids, tmp_path, timeout=120)
+    logits = next(rank.logits for rank in ranks if rank.logits is not None)
+    assert ranks[0].losses[-1] < ranks[0].losses[0] - 0.1
+    assert distance(logits_with(base, tmp_path / "adapter", ids), logits) < 1e-4
+    assert distance(logits_with(tmp_path / "merged", None, ids), logits) < 1e-4
+    assert all(rank.base_before == rank.base_after for rank in ranks)
+    tensors, weights = load_tensors(tmp_path / "adapter"), load_tensors(base)
+    for module, dim in (("model.embed_tokens", 0), ("lm_head", 1)):
+        magnitude = tensors[f"base_model.model.{module}.lora_magnitude_vector"]
+        start = weights[f"{module}.weight"].norm(dim=dim)
+        assert magnitude.shape == start.shape
+        assert 0 < (magnitude - start).abs().max() < 0.2, "trained, and not far from where it began"
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2-split-sequences", "tp2-pp2", "cp2"])
+def test_gradients_of_embedding_and_head_equal_those_of_peft(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
+    rows = base.parent / "rows.jsonl"
+    run_distributed(train_lora, 1, Run(base, rows, lora=ENDS, steps=3), ids, tmp_path)
+    check_gradients_of_an_adapter(LAYOUTS[layout], base, rows, tmp_path)
+
+
+def test_the_embedding_of_a_tied_model(base: Path, ids: Tensor, tmp_path: Path) -> None:
+    """The head stays as it was, so a merged model gets one of its own."""
+    tied = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    run = Run(tied, base.parent / "rows.jsonl", steps=4, lora={**DORA, "targets": ("linear_qkv", EMBEDDING)}, tp=2, pp=2)
+    ranks = run_distributed(train_lora, 4, run, ids, tmp_path, timeout=120)
+    logits = next(rank.logits for rank in ranks if rank.logits is not None)
+    assert ranks[0].losses[-1] < ranks[0].losses[0] - 0.1
+    assert distance(logits_with(tied, tmp_path / "adapter", ids), logits) < 1e-4
+    assert distance(logits_with(tmp_path / "merged", None, ids), logits) < 1e-4
+    assert torch.equal(load_tensors(tmp_path / "merged")["lm_head.weight"], load_tensors(tied)["model.embed_tokens.weight"])
+
+
 DENSE = tuple(kind for kind in ALL_LINEAR if kind not in WITHOUT_DORA)
 MIXTURES: dict[str, tuple[str, int, dict[str, Any], bool]] = {
     "qwen2_moe-tp2": ("qwen2_moe/normalised-some-dense", 2, {"tp": 2, "sequence_parallel": True}, True),
@@ -104,6 +145,7 @@ def test_a_mixture_has_it_everywhere_but_in_its_experts(name: str, base: Path, i
 PEFT: dict[str, dict[str, Any]] = {
     "all-linear": {},
     "some": {"target_modules": ["q_proj", "v_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "ends": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
     "ranks-rslora": {"use_rslora": True, "rank_pattern": {"k_proj": 3, "gate_proj": 7}, "alpha_pattern": {"o_proj": 5}},
 }
 
@@ -150,9 +192,11 @@ def test_dropout_takes_from_the_adapted_part_alone(base: Path) -> None:
     assert distance(said["found"], said["plain"]) > 0.1
 
 
-def test_what_has_no_dora_is_refused(ids: Tensor, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="--use_dora true is not done on output_layer; leave these out"):
-        run_distributed(adapter_logits, 1, [Run(base, lora={**DORA, "targets": ("linear_qkv", "output_layer")})], ids)
-    adapter = make_peft_adapter(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(RankError, match="DoRA on word_embeddings, which is not supported there; merge it into its base with peft"):
-        run_distributed(adapter_logits, 1, [Run(base, adapter=adapter)], ids)
+def test_what_has_no_dora_is_refused(ids: Tensor, tmp_path: Path) -> None:
+    family, changes = options_of("qwen2_moe/plain")
+    mixture = make_checkpoint(tmp_path / "mixture", family, **changes)
+    with pytest.raises(RankError, match="--use_dora true is not done on router, shared_expert_gate; leave these out"):
+        run_distributed(adapter_logits, 1, [Run(mixture, lora={**DORA, "targets": ("linear_qkv", "shared_expert_gate", "router")})], ids)
+    adapter = make_peft_adapter(mixture, tmp_path / "adapter", use_dora=True, target_modules=["q_proj", "shared_expert_gate"])
+    with pytest.raises(RankError, match="DoRA on shared_expert_gate, which is not supported there; merge it into its base with peft"):
+        run_distributed(adapter_logits, 1, [Run(mixture, adapter=adapter)], ids)
