@@ -58,6 +58,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Layout, Layout]] = {
     "experts-tp2-to-ep2": ("qwen3_next/not-normalised-some-dense", EVERYTHING, (2, {"tp": 2}), (2, {"ep": 2})),
     "biased-experts-one-to-pp2-ep2": ("gpt_oss/one-group", EVERYTHING, (1, {}), (4, {"pp": 2, "ep": 2})),
     "dora-tp2-to-pp2-vpp2": ("llama/biases", DORA, (2, {"tp": 2}), (2, {"pp": 2, "vpp": 2})),
+    "dora-ends-tp2-to-pp2": ("llama/plain", {**DORA, "targets": ("linear_qkv", "word_embeddings", "output_layer")}, (2, {"tp": 2}), (2, {"pp": 2})),
+    "dora-ends-pp2-to-tp2": ("llama/plain", {**DORA, "targets": ("word_embeddings", "output_layer")}, (2, {"pp": 2}), (2, {"tp": 2})),
     "dora-one-to-tp4": ("llama/plain", {**DORA, "targets": ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")}, (1, {}), (4, {"tp": 4})),
 }
 
