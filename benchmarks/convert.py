@@ -147,6 +147,8 @@ def measure(name: str, program: str, source: Path, target: Path, flags: list[str
     """One row: conversions and copies in turn."""
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file()) / 1e9
     ours, peer, command, peaks = [], [], [], []
+    timed(source, target.with_name("copy"), lambda: copy(source, target.with_name("copy")))  # so that the first of a pair is like the others
+    shutil.rmtree(target.with_name("copy"))
     for _ in range(pairs):
         seconds, synced, said = timed(source, target, lambda: convert(program, source, target, flags, ranks))
         command.append(size / (seconds + synced))

@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 
 AGENT_PID = "MSWIFT_AGENT_PID"
 KEEP_MALLOC = "MSWIFT_KEEP_MALLOC"
+_PAGES = "GLIBC_TUNABLES"
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(8 * 2**30),
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    _PAGES: "glibc.malloc.hugetlb=1",
 }
 """Freed memory is kept, and lies in large pages where the system gives them to who asks (glibc 2.35 and newer)."""
+_CONVERTERS = ("export",)
+"""Verbs that allocate every weight and fill one at a time: large pages would be touched for the head of each."""
 PRODUCT_CACHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 """Compiled products that torch and oneDNN each keep: 0.3 MiB for every shape that ever came by, 1024 of them unless told otherwise."""
 _DEFAULT_PORT = 29500
@@ -98,6 +101,8 @@ def plan(
     """
     where = topology(environ)
     env = _environment(where, environ, cpu_count, glibc)
+    if verb in _CONVERTERS:
+        env.pop(_PAGES, None)
     program = ("-m", "mswift.cli", verb, *argv)
     if where.kind == "agent":
         options, port = _agent_options(where, environ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import warnings
@@ -330,6 +331,7 @@ def load_model(
         further=further,
         transformer=transformer,
     )
+    gc.freeze()  # what the libraries have made stays; building a model would make Python look through it many times
     with progress_bar("loading the model") as progress:
         loaded = MegatronModel(settings, session.groups, session.runtime, progress=progress)
     for what, count in loaded.left_out.items():

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from mswift.conversion.safetensors_io import bytes_of
 from mswift.conversion.staging import replace_file
 from mswift.errors import CheckpointError
 from mswift.log import is_main_process
@@ -88,7 +90,7 @@ class PartsWriter(FileSystemWriter):
 
     Args:
         max_bytes: of a file; a larger tensor has one of its own. fill: makes sure that a tensor holds its values, called just before it is written.
-        release: called with a tensor once nothing more of its storage is to be written.
+        release: called with a tensor once nothing more of its storage is to be written. expect: with the one that is filled next.
         progress: called after every file with the bytes done and in all, of this rank.
     """
 
@@ -98,16 +100,18 @@ class PartsWriter(FileSystemWriter):
         max_bytes: int,
         fill: Callable[[torch.Tensor], None],
         release: Callable[[torch.Tensor], None],
+        expect: Callable[[torch.Tensor], None],
         progress: Callable[[int, int], None] | None,
     ) -> None:
         super().__init__(directory, single_file_per_rank=True, thread_count=1, sync_files=False)
-        self._directory, self._max_bytes, self._fill, self._release, self._progress = directory, max_bytes, fill, release, progress
+        self._directory, self._max_bytes, self._progress = directory, max_bytes, progress
+        self._fill, self._release, self._expect = fill, release, expect
         self.bytes, self.reused, self.num_files = 0, 0, 0
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         sizes = {id(item): _nbytes(item) for item in plan.items}
         total, results = sum(sizes.values()), []
-        in_turn = _InTurn(planner, plan.items, self._fill, self._release)
+        in_turn = _InTurn(planner, plan.items, self._fill, self._release, self._expect)
         with ThreadPoolExecutor(1) as behind:
             notes = []
             for number, items in enumerate(_split(plan.items, sizes, self._max_bytes)):
@@ -150,12 +154,18 @@ class _InTurn(DefaultSavePlanner):
     """A planner whose tensors are filled when the writer asks for them and released when it asks for the next, unless that is of the same storage."""
 
     def __init__(
-        self, planner: SavePlanner, items: list[WriteItem], fill: Callable[[torch.Tensor], None], release: Callable[[torch.Tensor], None]
+        self,
+        planner: SavePlanner,
+        items: list[WriteItem],
+        fill: Callable[[torch.Tensor], None],
+        release: Callable[[torch.Tensor], None],
+        expect: Callable[[torch.Tensor], None],
     ) -> None:
         super().__init__()
-        self._planner, self._fill, self._release = planner, fill, release
+        self._planner, self._fill, self._release, self._expect = planner, fill, release, expect
         tensors = [data for item in items if isinstance(data := planner.resolve_data(item), torch.Tensor)]
         self._left = Counter(_storage(data) for data in tensors)
+        self._following = {_storage(one): other for one, other in pairwise(tensors) if _storage(one) != _storage(other)}
         self._done: torch.Tensor | None = None
         for data in tensors:  # so that one takes the memory of another, not memory that was never touched
             release(data)
@@ -165,7 +175,11 @@ class _InTurn(DefaultSavePlanner):
         data = self._planner.resolve_data(write_item)
         if isinstance(data, torch.Tensor):
             self._fill(data)
+            if _storage(data) in self._following:
+                self._expect(self._following[_storage(data)])
             self._done = data
+            if data.is_cpu and data.is_contiguous() and data.numel() and data.untyped_storage().size() != data.nbytes:
+                return torch.frombuffer(bytes_of(data), dtype=data.dtype).view(data.shape)  # torch would copy what is a part of a storage
         return data
 
     def skip(self, items: Iterable[WriteItem]) -> None:
@@ -325,14 +339,19 @@ class StoredTensors(FileSystemReader):
             super().read_data(replace(self._plan, items=items), self._planner).wait()
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{self._directory} cannot be read: {reason_of(error)}; convert it again") from error
-        self._forget(items)
+        self._advise(items, os.POSIX_FADV_DONTNEED)  # the memory is better used for what is written
 
-    def _forget(self, items: list[ReadItem]) -> None:
-        """The page cache need not keep what this rank alone has read: the memory is better used for what is written."""
+    def expect(self, tensor: torch.Tensor) -> None:
+        """`fill` will be called for this one next."""
+        key = _storage(tensor)
+        if key in self._waiting:
+            self._advise(self._items[key], os.POSIX_FADV_WILLNEED)
+
+    def _advise(self, items: list[ReadItem], advice: int) -> None:
         for item in items:
             place = self.storage_data[item.storage_index]
             with (self._directory / place.relative_path).open("rb") as file:
-                os.posix_fadvise(file.fileno(), place.offset, place.length, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(file.fileno(), place.offset, place.length, advice)
 
     def release(self, tensor: torch.Tensor) -> None:
         """Give back the memory of the tensor that this one is, or is a view of; `fill` reads it again."""

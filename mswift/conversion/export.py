@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,9 @@ class _Walk:
         alone = [file for file in self._plan.files if (file.place, file.replica) == (place, spread.replica) and not file.helpers]
         file_of = {name: file for file in alone for name in file.specs}
         left = Counter(file_of[name].name for _, rule in steps for name in rule.sources if name in file_of)
-        for parameter, rule in steps:
+        for (parameter, rule), following in zip_longest(steps, steps[1:]):
+            if following is not None:
+                following[0].expect()
             going_on = self._step(parameter, rule, shard_of, spread)
             for name in rule.sources if going_on else ():
                 if name in file_of:

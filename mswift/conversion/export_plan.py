@@ -26,7 +26,7 @@ class ExportParameter:
         name: in the whole model. shape, dtype: of the local part. shard: which part it is.
         value: gives the local tensor; runs on all tensor-parallel ranks in one order, so it may communicate among them. A merged LoRA
             weight is computed here, and freed once written; where it is wider than what is written, it is rounded once.
-        release: called when its value is not needed any more; it may be asked for again.
+        release: called when its value is not needed any more; it may be asked for again. expect: called when its turn is the next but one.
     """
 
     name: str
@@ -35,6 +35,7 @@ class ExportParameter:
     shard: Shard
     value: Callable[[], torch.Tensor]
     release: Callable[[], None] = lambda: None
+    expect: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, parameter: LocalParameter) -> ExportParameter:

@@ -58,8 +58,8 @@ class InnerReader(TensorReader):
     def read_as(self, name: str, shape: Shape, rows: slice, columns: slice | None = None) -> torch.Tensor:
         return self._stored.read_as(self._where[name], shape, rows, columns)
 
-    def forget(self, name: str, rows: slice | None = None) -> None:
-        self._stored.forget(self._where[name], rows)
+    def advise(self, name: str, rows: slice | None, advice: int) -> None:
+        self._stored.advise(self._where[name], rows, advice)
 
     def close(self) -> None:
         self._stored.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -88,9 +89,18 @@ class LoadPlan:
             fill(whole, task.slices, self.reader, task.stack)
             self.done += task.nbytes(self.reader)
             if self.once:
-                for part in task.slices:
-                    if part.source is not None and part.columns is None and task.stack is None:  # other ranks may read the rest of these rows
-                        self.reader.forget(part.source, slice(part.start, part.stop))
+                self._advise(task, os.POSIX_FADV_DONTNEED)
+
+    def expect(self, tensor: torch.Tensor) -> None:
+        """`fill` will be called for this one next."""
+        key = _key(tensor)
+        if key in self._waiting:
+            self._advise(self._by_storage[key], os.POSIX_FADV_WILLNEED)
+
+    def _advise(self, task: _Task, advice: int) -> None:
+        for part in task.slices:
+            if part.source is not None and part.columns is None and task.stack is None:  # other ranks may read the rest of these rows
+                self.reader.advise(part.source, slice(part.start, part.stop), advice)
 
     def release(self, tensor: torch.Tensor) -> None:
         """Give back the memory of the parameter that ``tensor`` is, or is a view of; `fill` reads it again."""

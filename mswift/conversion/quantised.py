@@ -126,9 +126,9 @@ class QuantisedReader(TensorReader):
             values = weight.read(self._stored, height, width)
             out[height[0] - top : height[1] - top, width[0] - left : width[1] - left].copy_(values)
 
-    def forget(self, name: str, rows: slice | None = None) -> None:
+    def advise(self, name: str, rows: slice | None, advice: int) -> None:
         if name not in self._weights:
-            self._stored.forget(name, rows)
+            self._stored.advise(name, rows, advice)
 
     def close(self) -> None:
         self._stored.close()

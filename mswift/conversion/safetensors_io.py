@@ -121,11 +121,11 @@ class SafetensorsFile:
         for index in range(runs):
             self._read_exactly(view[index * run : (index + 1) * run], begin + index * step + skip)
 
-    def forget(self, name: str, rows: slice | None = None) -> None:
-        """Let the page cache have the memory of rows that will not be read again."""
+    def advise(self, name: str, rows: slice | None, advice: int) -> None:
+        """Tell the system what becomes of rows: ``os.POSIX_FADV_WILLNEED`` or ``os.POSIX_FADV_DONTNEED``."""
         spec = self.specs[name]
         first, last = _span(rows, spec.shape[0] if spec.shape else 1)
-        os.posix_fadvise(self._file.fileno(), self._offsets[name] + first * spec.row_bytes, (last - first) * spec.row_bytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self._file.fileno(), self._offsets[name] + first * spec.row_bytes, (last - first) * spec.row_bytes, advice)
 
     def _read_exactly(self, view: memoryview, offset: int) -> None:
         while view:
@@ -174,8 +174,8 @@ class TensorReader(ABC):
         """
 
     @abstractmethod
-    def forget(self, name: str, rows: slice | None = None) -> None:
-        """These rows will not be read again: a reader may drop what it, or the system, keeps of them."""
+    def advise(self, name: str, rows: slice | None, advice: int) -> None:
+        """Rows will be read soon (``os.POSIX_FADV_WILLNEED``) or not again (``os.POSIX_FADV_DONTNEED``): for the system's page cache."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -254,8 +254,8 @@ class CheckpointReader(TensorReader):
         """`SafetensorsFile.read_into` of whichever file holds the tensor."""
         self._where[name].read_into(name, out, rows, columns)
 
-    def forget(self, name: str, rows: slice | None = None) -> None:
-        self._where[name].forget(name, rows)
+    def advise(self, name: str, rows: slice | None, advice: int) -> None:
+        self._where[name].advise(name, rows, advice)
 
     def read_as(self, name: str, shape: Shape, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:  # of any shape
         """`read` of a tensor taken as if it had another shape, of as many elements."""

@@ -35,6 +35,7 @@ from mswift.families.common import FURTHER_LAYERS
 from mswift.families.modules import CausalLM
 from mswift.log import is_main_process
 from mswift.parallel.agree import agree, attempt
+from mswift.parallel.layout import ParallelLayout
 from mswift.tuners.lora import LoraSettings
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ def write_checkpoint(
             check_space(draft, int(own) // (model.groups.layout.dp * model.groups.layout.cp) - written)
 
     agree(attempt(begin), f"writing {directory}")
-    writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model.ensure, model.release, progress)
+    writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model.ensure, model.release, model.expect, progress)
     names = gather_names(shard.key for shard in _shards(_sharded(model)))
     described = _sharded(model)
     for chunk in described.values():
+        _share_out(chunk, model.groups.layout)
         add_extra_states(chunk)
     state = {**described, "content_metadata": _LAYOUT_FREE, "checkpoint_version": 3.0, "iteration": 0}
     try:
@@ -248,6 +250,17 @@ def _sharded(model: MegatronModel, *, singly: bool = False) -> dict[str, Any]:
 
     alone = len(model.chunks) == 1
     return {"model" if alone else f"model{number}": described(chunk) for number, chunk in enumerate(model.chunks)}
+
+
+def _share_out(chunk: dict[str, Any], layout: ParallelLayout) -> None:
+    """Let data-parallel replicas write the parameters that all of them hold in turn; megatron's description has the first of them write all."""
+    written = [0] * (layout.dp * layout.cp)
+    for name, entry in chunk.items():
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and ".experts." not in name:
+            writer = written.index(min(written))
+            written[writer] += entry.data.nbytes
+            *others, replica = entry.replica_id
+            entry.replica_id = (*others, (replica - writer) % len(written))
 
 
 def _shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:

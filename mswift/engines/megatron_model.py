@@ -141,6 +141,11 @@ class MegatronModel:
         if self._later is not None:
             self._later.release(tensor)
 
+    def expect(self, tensor: torch.Tensor) -> None:
+        """Let the system begin to read what `ensure` will be asked for next."""
+        if self._later is not None:
+            self._later.expect(tensor)
+
     @property
     def padded_heads(self) -> str:
         """One line on attention heads that were added so that the layout divides them; empty where none were."""
@@ -383,6 +388,7 @@ class MegatronModel:
                 shard,
                 functools.partial(value, name, parameter),
                 functools.partial(self.release, parameter),
+                functools.partial(self.expect, parameter),
             )
             for chunk in self.chunks
             for name, parameter, shard in base_parameters(chunk, self.groups)

@@ -70,6 +70,15 @@ def test_one_process_restarts_once_for_its_allocator() -> None:
     assert make(READY) is None
 
 
+def test_a_conversion_has_no_large_pages() -> None:
+    made = plan("export", ARGS, {}, 8, python=PY)
+    assert made is not None
+    assert set(make({}).env) - set(made.env) == {"GLIBC_TUNABLES"}  # type: ignore[union-attr]
+    own = plan("export", ARGS, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, 8, python=PY)
+    assert own is not None
+    assert "GLIBC_TUNABLES" not in own.env
+
+
 def test_what_is_set_stays() -> None:
     made = make({"OMP_NUM_THREADS": "3", "MALLOC_TOP_PAD_": ""})
     assert made is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import tempfile
 from pathlib import Path
@@ -223,14 +224,14 @@ def test_columns_from_several_writers(rows: int, columns: int, rest: tuple[int, 
         assert torch.equal(safetensors.torch.load_file(path)["x"], tensor)
 
 
-def test_what_is_forgotten_is_read_again(tmp_path: Path) -> None:
+def test_advice_changes_no_value(tmp_path: Path) -> None:
     tensor = torch.randn(700, 30)
     save_file(tmp_path / "model.safetensors", {"x": tensor})
     (tmp_path / "config.json").write_text("{}")
     with CheckpointReader(tmp_path) as reader:
         assert torch.equal(reader.read("x"), tensor)
-        reader.forget("x", slice(100, 500))
-        reader.forget("x")
+        reader.advise("x", slice(100, 500), os.POSIX_FADV_DONTNEED)
+        reader.advise("x", None, os.POSIX_FADV_WILLNEED)
         assert torch.equal(reader.read("x", slice(50, 650)), tensor[50:650])
 
 
