@@ -68,6 +68,10 @@ class TensorSpec:
         return self if joined < 2 else TensorSpec(self.dtype, (math.prod(self.shape[:joined]), *self.shape[joined:]))
 
 
+_BEHIND = 64 * 2**20
+"""Bytes that are written before the disk begins with them: by itself the system lets gigabytes wait, and then the writers."""
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, as bytes; the tensor lives as long as they do."""
     array = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())  # a view through NumPy would end all resizing of its storage
@@ -283,6 +287,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None, *, join: bool = False) -> None:
         self.path, self.joined = path, join
+        self._low, self._high, self._behind = 2**62, 0, 0  # what the disk has not been told of
         order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)  # stable: names of one type keep their order
         self._specs = {name: specs[name] for name in order}
         header, self._offsets, size = _layout(self._specs, METADATA if metadata is None else metadata)
@@ -322,6 +327,11 @@ class ShardWriter:
         except OSError as error:
             raise self._failed(error) from None
         self.written[name] += view.nbytes
+        self._low, self._high = min(self._low, begin), max(self._high, begin + len(tensor) * spec.row_bytes if spec.shape else begin)
+        self._behind += view.nbytes
+        if self._behind >= _BEHIND:
+            os.posix_fadvise(self._fd, self._low, self._high - self._low, os.POSIX_FADV_DONTNEED)
+            self._low, self._high, self._behind = 2**62, 0, 0
         return view.nbytes
 
     def _write_all(self, view: memoryview, offset: int) -> None:
