@@ -101,6 +101,16 @@ def make_checkpoint(directory: Path, kind: str = "llama", **options: Any) -> Pat
     return directory
 
 
+def as_pickle(directory: Path) -> Path:
+    """The same checkpoint with its weights in pytorch_model.bin, as torch saves a state_dict: a tied head under both of its names."""
+    from transformers import AutoModelForCausalLM
+
+    torch.save(AutoModelForCausalLM.from_pretrained(directory, dtype="auto").state_dict(), directory / "pytorch_model.bin")
+    for path in directory.glob("model*.safetensors*"):
+        path.unlink()
+    return directory
+
+
 def make_peft_adapter(base: Path, directory: Path, *, seed: int = 1, std: float = 0.2, **options: Any) -> Path:
     """An adapter by peft for the checkpoint in `base`, with every A and B random, so that the modules of a fused layer share nothing.
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from mswift.config import ExportConfig
+from mswift.conversion.directories import weight_paths
 from mswift.errors import ConversionError
 from mswift.log import progress_bar
 from mswift.parallel.layout import ParallelLayout
@@ -61,7 +62,7 @@ def dry_run(config: ExportConfig, directory: Path) -> None:
 def _read_rate(directory: Path) -> float:
     """Bytes a second of the first weights."""
     begun, done = time.perf_counter(), 0
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_paths(directory):
         with path.open("rb", buffering=0) as file:
             while done < _SAMPLE and (part := file.read(2**24)):
                 done += len(part)

@@ -89,12 +89,12 @@ def check_model(directory: Path, model: ModelSection) -> dict[str, Any]:
     Raises:
         ModelError: a file is missing or damaged, the architecture or the way it is quantised is not supported. ConfigError: its dtype cannot be held.
     """
-    from mswift.conversion.directories import CONFIG_FILE, read_weights
+    from mswift.conversion.directories import CONFIG_FILE, check_weights
     from mswift.conversion.formats.settings import quantisation_of
     from mswift.families import choose_dtype, find_family, text_config
 
     if not is_megatron(directory):
-        read_weights(directory)
+        check_weights(directory)
     config = text_config(read_json(directory / CONFIG_FILE), str(directory))
     quantisation_of(config, str(directory))
     find_family(config.get("architectures"), str(directory))

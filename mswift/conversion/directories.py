@@ -1,7 +1,8 @@
 """What a model or adapter directory holds, read without torch: a wrong path or a damaged file is told before anything heavy is imported.
 
 The format of safetensors: 8 bytes of header length, JSON with ``dtype``, ``shape`` and ``data_offsets`` of every tensor, then the bytes
-without a hole (https://github.com/huggingface/safetensors).
+without a hole (https://github.com/huggingface/safetensors). That of ``torch.save``: a zip archive of a pickle and of a stored entry for each
+storage; before torch 1.6 a pickle with the bytes behind it. Here nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+import sys
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,13 +23,16 @@ from mswift.errors import ModelError
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE, PICKLE_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MCORE_FILE, MCORE_WEIGHTS = "latest_checkpointed_iteration.txt", "release"
 """Of a Megatron checkpoint: the file by which Megatron-LM finds the folder of the weights, and that folder."""
-ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE, ADAPTER_FILE, ADAPTER_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Any one of these is a tokenizer; which class reads it is a matter of tokenizer_config.json."""
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
 _LFS_POINTER = b"version https://git-lfs"
+_ZIP, _PICKLE = b"PK", b"\x80"  # how an archive and a pickle of protocol 2 or later begin
+_LOCAL_HEADER = 30  # bytes before the name of an entry of a zip archive
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -103,9 +109,7 @@ def read_header(path: Path) -> Header:
 def parse_header(file: BinaryIO, path: Path) -> Header:
     """`read_header` of an open file, positioned at its start."""
     size = os.fstat(file.fileno()).st_size
-    start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
-        raise ModelError(f"{path} is a git-lfs pointer, wanted the weights themselves; run `git lfs pull` in its directory")
+    start = _first_bytes(file, path)
     length = int.from_bytes(start[:8], "little")
     if size < 8 or length > min(_MAX_HEADER, size - 8):
         raise damaged(path, f"{size} bytes do not hold its header")
@@ -136,28 +140,108 @@ def _check_spans(tensors: dict[str, HeaderEntry], spans: dict[str, tuple[int, in
         raise damaged(path, f"it has {size} bytes, its header describes {start + end}")
 
 
+def _first_bytes(file: BinaryIO, path: Path) -> bytes:
+    start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise ModelError(f"{path} is a git-lfs pointer, wanted the weights themselves; run `git lfs pull` in its directory")
+    return start
+
+
+def read_archive(path: Path) -> dict[int, int] | None:
+    """Where the entries of a file of ``torch.save`` begin, and their bytes; None where their bytes are not as they lie in memory.
+
+    Raises:
+        ModelError: the file is absent, truncated or corrupt.
+    """
+    with open_file(path) as file:
+        start = _first_bytes(file, path)
+        if not start.startswith(_ZIP):
+            if not start.startswith(_PICKLE):
+                raise damaged(path, "it is not a file of torch.save")
+            return None
+        try:
+            archive = zipfile.ZipFile(file)
+            entries = archive.infolist()
+            orders = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
+            begins = {entry.header_offset: _data_offset(file, entry.header_offset) for entry in entries}
+        except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError):
+            raise damaged(path, "it is no whole zip archive, as torch.save writes them") from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise damaged(path, "its entries are compressed, which those of torch.save are not")
+    if any(order != sys.byteorder.encode() for order in orders):
+        return None
+    return {begins[entry.header_offset]: entry.file_size for entry in entries}
+
+
+def _data_offset(file: BinaryIO, header: int) -> int:
+    file.seek(header)
+    fixed = file.read(_LOCAL_HEADER)
+    return header + _LOCAL_HEADER + int.from_bytes(fixed[26:28], "little") + int.from_bytes(fixed[28:30], "little")
+
+
 def read_weights(directory: Path) -> Weights:
     """The headers of all safetensors of a model directory.
 
     Raises:
-        ModelError: the directory, config.json or the weights are missing, truncated, corrupt or at odds with the index, or pickle only.
+        ModelError: the directory, config.json or the weights are missing, truncated, corrupt or at odds with the index.
+    """
+    filenames, weight_map = weight_files(directory)
+    headers = {filename: read_header(directory / filename) for filename in filenames}
+    return Weights(headers, located(directory / INDEX_FILE, weight_map, {filename: header.tensors for filename, header in headers.items()}))
+
+
+def check_weights(directory: Path) -> None:
+    """What can be known of the weights of a model directory without torch.
+
+    Raises:
+        ModelError: as `read_weights`; of pickles, which tensors they hold is not known yet.
+    """
+    if not is_pickled(directory):
+        read_weights(directory)
+        return
+    for filename in weight_files(directory)[0]:
+        read_archive(directory / filename)
+
+
+def is_pickled(directory: Path) -> bool:
+    """Whether the weights of a model directory are in pickles alone: safetensors are preferred."""
+    there = {name for name in (SINGLE_FILE, INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE) if (directory / name).is_file()}
+    return bool(there) and there <= {PICKLE_FILE, PICKLE_INDEX_FILE}
+
+
+def weight_paths(directory: Path) -> list[Path]:
+    """The files with weights of a model directory, sorted, as far as their names tell."""
+    return sorted(directory.glob("pytorch_model*.bin" if is_pickled(directory) else "*.safetensors"))
+
+
+def weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of the files with weights of a model directory, and the file of every tensor that an index tells, or nothing.
+
+    Raises:
+        ModelError: the directory, config.json, the index or a file is missing, or the index is corrupt.
     """
     _check_directory(directory)
-    if (directory / SINGLE_FILE).is_file():
-        header = read_header(directory / SINGLE_FILE)
-        return Weights({SINGLE_FILE: header}, dict.fromkeys(header.tensors, SINGLE_FILE))
-    index = directory / INDEX_FILE
+    single, index = (PICKLE_FILE, directory / PICKLE_INDEX_FILE) if is_pickled(directory) else (SINGLE_FILE, directory / INDEX_FILE)
+    if (directory / single).is_file():
+        return [single], {}
     weight_map = _read_index(index)
     filenames = sorted(set(weight_map.values()))
     absent = [name for name in filenames if Path(name).name != name or not (directory / name).is_file()]
     if absent:
         raise ModelError(f"{index} names {listing('absent file', absent)}; download the model again")
-    headers = {filename: read_header(directory / filename) for filename in filenames}
-    wrong = [name for name, filename in weight_map.items() if name not in headers[filename].tensors]
+    return filenames, weight_map
+
+
+def located(index: Path, weight_map: Mapping[str, str], held: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """The file of every tensor, in file order. held: the tensors of each file.
+
+    Raises:
+        ModelError: the index names tensors that are not where it says.
+    """
+    wrong = [name for name, filename in weight_map.items() if name not in held[filename]]
     if wrong:
         raise ModelError(f"{index} names {listing('tensor', wrong)} absent from the files; download the model again")
-    found = {name: filename for filename, header in headers.items() for name in header.tensors}
-    return Weights(headers, {**found, **weight_map})
+    return {name: filename for filename, names in held.items() for name in names} | dict(weight_map)
 
 
 def is_megatron(directory: Path) -> bool:
@@ -217,16 +301,16 @@ def _check_directory(directory: Path) -> None:
     if CONFIG_FILE not in entries:
         hint = "give it with --adapters, and its base" if ADAPTER_CONFIG_FILE in entries else "give the directory of a Hugging Face checkpoint"
         raise ModelError(f"model directory {directory} has no {CONFIG_FILE}; {hint}")
-    if SINGLE_FILE in entries or INDEX_FILE in entries:
+    if not {SINGLE_FILE, INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE}.isdisjoint(entries):
         return
-    pickles = [name for name in entries if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
+    pickles = [name for name in entries if name.endswith((".bin", ".pt", ".pth"))]
     others = [name for name in entries if name.endswith(".safetensors")]
     if others:
         raise ModelError(f"{directory} has {listing('safetensors file', others)} but neither {SINGLE_FILE} nor {INDEX_FILE}; download the index too")
     if pickles:
         raise ModelError(
-            f"{directory} has its weights as pickle only ({pickles[0]}), which can run code; save it again as safetensors with transformers: "
-            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+            f"{directory} has {listing('pickle', pickles)} but no {SINGLE_FILE}, {PICKLE_FILE} or index of them; download the weights in "
+            "the form that transformers reads"
         )
     raise ModelError(f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}; download the weights too")
 
@@ -247,19 +331,23 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: not an adapter directory, or its files are damaged.
     """
-    config_file, weights_file = directory / ADAPTER_CONFIG_FILE, directory / ADAPTER_FILE
+    config_file, weights_file = directory / ADAPTER_CONFIG_FILE, adapter_weights(directory)
     if not directory.is_dir():
         raise ModelError(f"adapter directory {directory} does not exist; give a directory with {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}")
     if not config_file.is_file():
         raise ModelError(f"{directory} has no {ADAPTER_CONFIG_FILE}; give the directory of a PEFT adapter")
     if not weights_file.is_file():
-        pickled = (directory / "adapter_model.bin").is_file()
-        why = "its weights as pickle only, which can run code; save it again with peft" if pickled else f"no {ADAPTER_FILE}; copy it again"
-        raise ModelError(f"{directory} has {why}")
+        raise ModelError(f"{directory} has no {ADAPTER_FILE} and no {ADAPTER_PICKLE}; copy it again")
     try:
         config = json.loads(config_file.read_bytes())
         float(config["lora_alpha"]) / int(config["r"])
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
         raise ModelError(f"{config_file} is not the config of a LoRA adapter (peft_type LORA, r, lora_alpha); copy it again") from None
-    read_header(weights_file)
+    (read_archive if weights_file.name == ADAPTER_PICKLE else read_header)(weights_file)
     return dict(config)
+
+
+def adapter_weights(directory: Path) -> Path:
+    """The weights of a PEFT adapter: its safetensors, or the pickle where only that is there."""
+    pickled = not (directory / ADAPTER_FILE).is_file() and (directory / ADAPTER_PICKLE).is_file()
+    return directory / (ADAPTER_PICKLE if pickled else ADAPTER_FILE)

@@ -1,4 +1,4 @@
-"""A PEFT adapter directory: ``adapter_model.safetensors`` and ``adapter_config.json``, as ``peft`` itself writes and reads them."""
+"""A PEFT adapter directory: ``adapter_model.safetensors`` (or, read only, ``.bin``) and ``adapter_config.json``, as ``peft`` itself has them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from mswift.conversion.adapters import PREFIX, adapted_modules, module_of
-from mswift.conversion.directories import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter_config
+from mswift.conversion.directories import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ADAPTER_PICKLE, adapter_weights, read_adapter_config
 from mswift.conversion.expert_adapters import BEFORE_019, INNER, ExpertStack, expert_modules, form_of, installed_form, parameter_of, stacked_tensors
 from mswift.conversion.file_forms import inner_name
+from mswift.conversion.pickles import notice, open_pickle
 from mswift.conversion.rules import AnyRule, ExpertSlot, Rule
-from mswift.conversion.safetensors_io import SafetensorsFile, TensorSpec, save_file
+from mswift.conversion.safetensors_io import SafetensorsFile, TensorFile, TensorSpec, save_file
 from mswift.conversion.staging import SmallFile, put_files, staged
 from mswift.errors import ConversionError, ModelError
 
@@ -202,7 +203,7 @@ def read_peft(directory: str | Path, rules: Sequence[AnyRule] = ()) -> PeftAdapt
     path = Path(directory)
     config = read_adapter_config(path)
     _refuse_unsupported(path, config)
-    file = SafetensorsFile(path / WEIGHTS_FILE)
+    file = _open_weights(path)
     tensors = {}
     for name, spec in file.specs.items():
         inner = PREFIX + inner_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name
@@ -229,6 +230,14 @@ def read_peft(directory: str | Path, rules: Sequence[AnyRule] = ()) -> PeftAdapt
     _level_scales(path, adapter, ranks, alphas, expert_modules(rules))
     _use_checkpoint_names(adapter.tensors, rules)
     return adapter
+
+
+def _open_weights(path: Path) -> TensorFile:
+    weights = adapter_weights(path)
+    if weights.name != ADAPTER_PICKLE:
+        return SafetensorsFile(weights)
+    notice(path)
+    return open_pickle(weights, {})
 
 
 def _base_name(name: str) -> str:

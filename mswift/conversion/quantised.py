@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from mswift.conversion.directories import CONFIG_FILE, listing, read_json
+from mswift.conversion.directories import CONFIG_FILE, is_pickled, listing, read_json
 from mswift.conversion.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from mswift.conversion.formats.base import Quantised, Span
 from mswift.conversion.formats.settings import QUANTIZATION_KEY, dtype_of, excluded_modules, quantisation_of
 from mswift.conversion.inner_reader import InnerReader
+from mswift.conversion.pickles import PickleReader
 from mswift.conversion.rules import Shape
 from mswift.conversion.safetensors_io import CheckpointReader, TensorReader, TensorSpec
 from mswift.errors import ModelError
@@ -44,7 +45,7 @@ def open_checkpoint(directory: str | Path) -> TensorReader:
     Raises:
         ModelError: the directory is damaged, quantised in a way that is not read, or its weights and scales do not belong together.
     """
-    stored = CheckpointReader(directory)
+    stored = PickleReader(directory) if is_pickled(Path(directory)) else CheckpointReader(directory)
     try:
         config = read_json(stored.directory / CONFIG_FILE)
         settings = quantisation_of(config, str(stored.directory))

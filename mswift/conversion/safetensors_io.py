@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -44,7 +44,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+TYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""What safetensors calls the dtypes that it can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,21 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     array = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())  # a view through NumPy would end all resizing of its storage
     array.owner = tensor  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
+
+
+class TensorFile(Protocol):
+    """One open file of named tensors; `SafetensorsFile` tells what its methods do."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def read_into(
+        self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None, *, shape: Shape | None = None
+    ) -> None: ...
+
+    def advise(self, name: str, rows: slice | None, advice: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class SafetensorsFile:
@@ -228,20 +244,25 @@ class CheckpointReader(TensorReader):
         directory: with ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` and its files.
 
     Raises:
-        ModelError: anything of that is missing, truncated, corrupt or at odds with the index; or only pickle weights are there.
+        ModelError: anything of that is missing, truncated, corrupt or at odds with the index.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._files: dict[str, SafetensorsFile] = {}
-        weights = read_weights(self.directory)
+        self._files: dict[str, TensorFile] = {}
         try:
-            for filename, header in weights.headers.items():
-                self._files[filename] = SafetensorsFile(self.directory / filename, header)
+            where = self._open()
         except BaseException:
             self.close()
             raise
-        self._where = {name: self._files[filename] for name, filename in weights.where.items()}
+        self._where = {name: self._files[filename] for name, filename in where.items()}
+
+    def _open(self) -> dict[str, str]:
+        """Open all files; the name of the one that holds each tensor."""
+        weights = read_weights(self.directory)
+        for filename, header in weights.headers.items():
+            self._files[filename] = SafetensorsFile(self.directory / filename, header)
+        return weights.where
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -383,9 +404,9 @@ def _layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tup
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0
     for name, spec in specs.items():
-        if spec.dtype not in _NAMES:
+        if spec.dtype not in TYPE_NAMES:
             raise ConversionError(f"{name} has dtype {spec.dtype}, which safetensors cannot hold; convert it first")
-        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
         offsets[name], end = end, end + spec.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -65,7 +65,7 @@ class DryRun:
 def plan_conversion(
     directory: Path, layout: ParallelLayout, runtime: Runtime, *, dtype: str | None, trust_remote_code: bool, progress: Progress | None = None
 ) -> DryRun:
-    """Build every kind of rank of a layout on the meta device; reads config.json and the headers of the safetensors only.
+    """Build every kind of rank of a layout on the meta device; reads config.json and the headers of the weights only.
 
     Tensor-parallel ranks and copies hold equal shapes, so that one of each is built. No processes may be joined.
 

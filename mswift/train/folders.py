@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mswift.config.fields import plain
+from mswift.conversion.directories import weight_paths
 from mswift.errors import CheckpointError, one_line
 
 RESUME_DIR, RESUME_FILE, STATE_DIR = "resume", "resume.json", "state"
@@ -58,13 +59,13 @@ class ResumePoint:
 
 
 def fingerprint_model(directory: Path) -> str:
-    """SHA-256 over config.json and, for every safetensors file, its size, its first 64 KiB (the header) and 64 KiB of its middle."""
+    """SHA-256 over config.json and, for every file of weights, its size, its first 64 KiB (the header) and 64 KiB of its middle."""
     digest = hashlib.sha256()
     config = json.loads((directory / "config.json").read_text(encoding="utf8"))
     for volatile in ("_name_or_path", "transformers_version"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_paths(directory):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 
 import pytest
@@ -107,9 +108,26 @@ def broken_index(lab: Lab) -> Words:
     return lab.sft()
 
 
-@case("m has its weights as pickle only (pytorch_model.bin)", "which can run code", "save it again as safetensors")
-def pickled_weights(lab: Lab) -> Words:
+@case("m/pytorch_model.bin is truncated or corrupt", "it is not a file of torch.save", "download or copy it again")
+def other_weights_as_pickle(lab: Lab) -> Words:
     (lab.model / "model.safetensors").rename(lab.model / "pytorch_model.bin")
+    return lab.sft()
+
+
+@case("m/pytorch_model.bin is truncated or corrupt", "no whole zip archive", "download or copy it again")
+def truncated_pickle(lab: Lab) -> Words:
+    (lab.model / "model.safetensors").unlink()
+    with zipfile.ZipFile(lab.model / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data/0", bytes(1000))
+    path = lab.model / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-10])
+    return lab.sft()
+
+
+@case("m/pytorch_model.bin.index.json names 1 absent file (pytorch_model-00001-of-00002.bin)", "download the model again")
+def index_of_an_absent_pickle(lab: Lab) -> Words:
+    (lab.model / "model.safetensors").unlink()
+    (lab.model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}))
     return lab.sft()
 
 

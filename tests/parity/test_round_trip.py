@@ -15,7 +15,7 @@ from tests.parity.cases import CASES as ALL_CASES
 from tests.parity.cases import MIXTURES, options_of
 from tests.parity.ranks import RoundTrip, round_trip
 from tests.parity.reference import load_tensors
-from tests.tiny import make_checkpoint, make_model
+from tests.tiny import as_pickle, make_checkpoint, make_model
 
 CASES = (
     ("llama/plain", "float32"),
@@ -108,6 +108,19 @@ def test_every_bit_comes_back(layout: str, sources: list[Source], ids: torch.Ten
             assert torch.equal(bits(after[name]), bits(tensor)), f"{source.case} {name}"
         assert len(list(trip.target.glob("*.safetensors"))) > 4
         assert torch.equal(logits_of(trip.target, ids), source.logits), source.case
+
+
+def test_a_pickle_comes_back_as_safetensors(tmp_path: Path) -> None:
+    family, changes = options_of("llama/tied")
+    source = make_checkpoint(tmp_path / "in", family, dtype=torch.bfloat16, **changes)
+    before = load_tensors(source)
+    as_pickle(source)
+    assert {"lm_head.weight", *before} == set(torch.load(source / "pytorch_model.bin", weights_only=True, mmap=True)), "the head is there twice"
+    run_distributed(round_trip, 4, [RoundTrip(Run(source, dtype="bfloat16", tp=2, pp=2), tmp_path / "out", "60KB")])
+    after = load_tensors(tmp_path / "out")
+    assert set(after) == set(before)
+    assert all(torch.equal(bits(after[name]), bits(tensor)) for name, tensor in before.items())
+    assert not list((tmp_path / "out").glob("*.bin*"))
 
 
 EVERYWHERE = {

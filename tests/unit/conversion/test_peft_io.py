@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mswift.conversion.adapters import lora_from_peft, lora_to_peft, peft_names
@@ -189,15 +190,35 @@ def test_directories_that_are_no_adapter(tmp_path: Path) -> None:
     assert "no adapter_config.json" in error()
     config = tmp_path / "x" / "adapter_config.json"
     config.write_text("{")
-    assert "no adapter_model.safetensors" in error()
-    (tmp_path / "x" / "adapter_model.bin").write_bytes(b"")
-    assert "pickle" in error()
+    assert "no adapter_model.safetensors and no adapter_model.bin" in error()
     (tmp_path / "x" / "adapter_model.safetensors").write_bytes(b"short")
     for text in ("{", "[]", '{"r": 3}', '{"r": 0, "lora_alpha": 1}'):
         config.write_text(text)
         assert "not the config of a LoRA adapter" in error()
     config.write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 1}')
-    assert "truncated or corrupt" in error()
+    assert "adapter_model.safetensors is truncated or corrupt" in error()
+    (tmp_path / "x" / "adapter_model.bin").write_bytes(b"short")
+    assert "adapter_model.safetensors is truncated or corrupt" in error()
+    (tmp_path / "x" / "adapter_model.safetensors").unlink()
+    assert "adapter_model.bin is truncated or corrupt" in error()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_an_adapter_in_a_pickle_is_the_same(archive: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_with_peft(tmp_path / "x")
+    expected = read_peft(tmp_path / "x")
+    path = tmp_path / "x" / "adapter_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"), _use_new_zipfile_serialization=archive)
+    path.unlink()
+    with caplog.at_level("INFO", logger="mswift"):
+        found = read_peft(tmp_path / "x")
+    told = [record.getMessage().partition(": ")[2] for record in caplog.records if record.name.startswith("mswift")]
+    assert told == ["its weights are pickles; they are read as tensors only (weights_only), and no code in them runs"]
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in found.tensors.items())
+    path.with_suffix(".bin").write_bytes(path.with_suffix(".bin").read_bytes()[:-100])
+    with pytest.raises(ModelError, match=rf"adapter_model\.bin is truncated or corrupt: {'it is no whole zip' if archive else 'unexpected EOF'}"):
+        read_peft(tmp_path / "x")
 
 
 def test_a_rank_that_the_config_does_not_have(tmp_path: Path) -> None:
