@@ -312,7 +312,7 @@ def _check_directory(directory: Path) -> None:
             f"{directory} has {listing('pickle', pickles)} but no {SINGLE_FILE}, {PICKLE_FILE} or index of them; download the weights in "
             "the form that transformers reads"
         )
-    raise ModelError(f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}; download the weights too")
+    raise ModelError(f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}; download the weights too (pickles are not fetched from a hub)")
 
 
 def _read_index(path: Path) -> dict[str, str]:

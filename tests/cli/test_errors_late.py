@@ -9,9 +9,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.cli.conftest import Lab
 from tests.cli.program import Worker, assert_one_line, contents, environment
@@ -46,6 +48,23 @@ def config_without_heads(lab: Lab) -> Words:
 @case("m/config.json is not a valid nonsense config", "nonsense", "mend it, or download it again")
 def config_of_an_unknown_type(lab: Lab) -> Words:
     lab.config(model_type="nonsense")
+    return lab.sft()
+
+
+class Code:
+    """Whoever unpickles this makes a file in the folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+@case("m/pytorch_model.bin is a pickle that asks for posix.system", "only tensors are read (weights_only)", "take it as safetensors")
+def pickle_with_code(lab: Lab) -> Words:
+    (lab.model / "model.safetensors").unlink()
+    torch.save({"w": torch.ones(2), "x": Code(lab.folder / "made")}, lab.model / "pytorch_model.bin")
     return lab.sft()
 
 

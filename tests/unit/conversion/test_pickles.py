@@ -27,6 +27,7 @@ from tests.unit.conversion.synthetic import Model, equal_bits
 from tests.unit.conversion.test_safetensors_io import bits, of_every_dtype
 
 TENSORS = Model().tensors()
+KINDS = ["number", "nested", "text", "sparse", "meta"]
 NEWER = {torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2}
 """Types that torch itself does not read back from a file of the form before 1.6."""
 FORMS = pytest.mark.parametrize("archive", [True, False], ids=["archive", "before-1.6"])
@@ -180,7 +181,7 @@ def test_code_in_a_pickle_does_not_run(archive: bool, tmp_path: Path) -> None:
 
 
 @FORMS
-@pytest.mark.parametrize("entry", [3, {"w": torch.ones(2)}, "text", torch.eye(3).to_sparse(), torch.ones(2, device="meta")], ids=str)
+@pytest.mark.parametrize("entry", [3, {"w": torch.ones(2)}, "text", torch.eye(3).to_sparse(), torch.ones(2, device="meta")], ids=KINDS)
 def test_what_is_no_plain_tensor_is_named(entry: Any, archive: bool, tmp_path: Path) -> None:
     path = pickled(tmp_path, {"w": torch.ones(3), "other": entry}, archive)
     assert error_of(tmp_path).startswith(f"{path} holds 1 other thing (other) than plain tensors by name (a state_dict); save the tensors alone")
