@@ -79,19 +79,19 @@ class ExportGroups:
 
 def exchange(value: T, groups: ExportGroups) -> list[T]:
     """One small object from every rank, in rank order. Collective."""
-    if groups.world_size == 1:
-        return [value]
-    gathered: list[T] = [value] * groups.world_size
-    dist.all_gather_object(gathered, value, group=groups.world)
-    return gathered
+    return _gather(value, groups.world_size, groups.world)
 
 
 def exchange_shards(value: T, spread: Spread) -> list[T]:
     """One small object from every rank that shares the parameters, in shard order. Collective over the spread's group."""
-    if spread.num_shards == 1:
+    return _gather(value, spread.num_shards, spread.group)
+
+
+def _gather(value: T, count: int, group: dist.ProcessGroup | None) -> list[T]:
+    if count == 1:
         return [value]
-    gathered: list[T] = [value] * spread.num_shards
-    dist.all_gather_object(gathered, value, group=spread.group)
+    gathered: list[T] = [value] * count
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

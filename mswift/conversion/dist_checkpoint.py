@@ -339,7 +339,8 @@ class StoredTensors(FileSystemReader):
             super().read_data(replace(self._plan, items=items), self._planner).wait()
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{self._directory} cannot be read: {reason_of(error)}; convert it again") from error
-        self._advise(items, os.POSIX_FADV_DONTNEED)  # the memory is better used for what is written
+        alone = [item for item in items if 2 * math.prod(item.lengths) * whole.itemsize > self.storage_data[item.storage_index].length]
+        self._advise(alone, os.POSIX_FADV_DONTNEED)  # the memory is better used for what is written; of the others another rank reads the rest
 
     def expect(self, tensor: torch.Tensor) -> None:
         """`fill` will be called for this one next."""

@@ -112,14 +112,13 @@ def encode_chunks(
 @contextlib.contextmanager
 def _rows_left_alone() -> Iterator[None]:
     """Python's collector does not go through all rows again, of which there may be millions, while other objects come and go."""
-    if gc.get_freeze_count():  # somebody else's to end
-        yield
-        return
+    before = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not before:  # what somebody else has frozen stays so
+            gc.unfreeze()
 
 
 def _encode_chunks(

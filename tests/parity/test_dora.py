@@ -42,16 +42,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(folder / "model", **BIASES)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_computes_the_same_in_peft_and_merged(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
+def check_a_run(lora: dict[str, Any], layout: str, base: Path, ids: Tensor, folder: Path) -> None:
+    """A run learns, peft computes the same from its adapter, transformers from the merged model, and the base is as it was."""
     world, sizes = LAYOUTS[layout]
-    run = Run(base, base.parent / "rows.jsonl", steps=4, lora={**DORA, "dropout": 0.1}, **sizes)
-    ranks = run_distributed(train_lora, world, run, ids, tmp_path, timeout=120)
+    run = Run(base, base.parent / "rows.jsonl", steps=4, lora={**lora, "dropout": 0.1}, **sizes)
+    ranks = run_distributed(train_lora, world, run, ids, folder, timeout=120)
     logits = next(rank.logits for rank in ranks if rank.logits is not None)
     assert ranks[0].losses[-1] < ranks[0].losses[0] - 0.1
-    assert distance(logits_with(base, tmp_path / "adapter", ids), logits) < 1e-4
-    assert distance(logits_with(tmp_path / "merged", None, ids), logits) < 1e-4
+    assert distance(logits_with(base, folder / "adapter", ids), logits) < 1e-4
+    assert distance(logits_with(folder / "merged", None, ids), logits) < 1e-4
     assert all(rank.base_before == rank.base_after for rank in ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_computes_the_same_in_peft_and_merged(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
+    check_a_run(DORA, layout, base, ids, tmp_path)
     magnitudes = {name: tensor for name, tensor in load_tensors(tmp_path / "adapter").items() if name.endswith("lora_magnitude_vector")}
     weights = load_tensors(base)
     assert len(magnitudes) == 4 * 7
@@ -74,14 +79,7 @@ ENDS = {**DORA, "targets": (*ALL_LINEAR, EMBEDDING, HEAD)}
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_embedding_and_head_compute_the_same_in_peft_and_merged(layout: str, base: Path, ids: Tensor, tmp_path: Path) -> None:
     """The magnitudes of an embedding are those of its columns, over the whole vocabulary."""
-    world, sizes = LAYOUTS[layout]
-    run = Run(base, base.parent / "rows.jsonl", steps=4, lora={**ENDS, "dropout": 0.1}, **sizes)
-    ranks = run_distributed(train_lora, world, run, ids, tmp_path, timeout=120)
-    logits = next(rank.logits for rank in ranks if rank.logits is not None)
-    assert ranks[0].losses[-1] < ranks[0].losses[0] - 0.1
-    assert distance(logits_with(base, tmp_path / "adapter", ids), logits) < 1e-4
-    assert distance(logits_with(tmp_path / "merged", None, ids), logits) < 1e-4
-    assert all(rank.base_before == rank.base_after for rank in ranks)
+    check_a_run(ENDS, layout, base, ids, tmp_path)
     tensors, weights = load_tensors(tmp_path / "adapter"), load_tensors(base)
     for module, dim in (("model.embed_tokens", 0), ("lm_head", 1)):
         magnitude = tensors[f"base_model.model.{module}.lora_magnitude_vector"]
