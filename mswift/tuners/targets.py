@@ -20,8 +20,8 @@ ALL_LINEAR = (
 """Kinds of modules that ``all-linear`` stands for: every linear layer of a block, those of routed experts too."""
 ROUTER, EMBEDDING, HEAD = "router", "word_embeddings", "output_layer"
 ADAPTABLE = (*ALL_LINEAR, ROUTER, EMBEDDING, HEAD)
-WITHOUT_DORA = (*EXPERT_LINEAR, "shared_expert_gate", ROUTER)
-"""Kinds for which there is no DoRA: peft has none for parameters of all experts, none of the others is done here."""
+WITHOUT_DORA = (*EXPERT_LINEAR, ROUTER)
+"""Kinds for which there is no DoRA: peft has none for parameters, which those of all experts and of routers are in transformers."""
 GATE_WEIGHT = "gate_weight"
 
 SPECIAL = {"all-linear": ALL_LINEAR, "all-router": (ROUTER,), "all-embedding": (EMBEDDING,), "experts": EXPERT_LINEAR}

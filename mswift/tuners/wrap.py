@@ -64,13 +64,16 @@ class _Scores(Adapter):
             factor.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def added(self, x: Tensor) -> Tensor:
-        """``scale * B A`` times `x` ``[s here, b, in]``, fp32."""
+        """What the adapter adds for `x` ``[s here, b, in]``, fp32: ``scale * B A x``; with DoRA all of it, and the base, takes the magnitude."""
         flat = x.reshape(-1, x.shape[-1])
         if self.training and self.dropout > 0:
             first = self.group.rank() * len(flat) if self.split_sequences else 0  # in the whole sequence: the mask does not depend on the layout
             flat = dropout_of(flat, self.dropout, self.seed(), first_row=first)
-        scores = (flat.float() @ self.lora_a.float().t()) @ self.lora_b.float().t()
-        return (scores * self.scale).view(*x.shape[:-1], -1)
+        scores = (flat.float() @ self.lora_a.float().t()) @ self.lora_b.float().t() * self.scale
+        if self.lora_magnitude is not None:
+            factor = magnitude_factor(self.lora_magnitude, self.norms())
+            scores = factor * scores + (factor - 1.0) * (flat.float() @ self.base_weight.float().t())
+        return scores.view(*x.shape[:-1], -1)
 
 
 class LoraRouter(_Scores):

@@ -162,17 +162,18 @@ def test_an_adapter_of_peft_loads_exactly_and_goes_back(layout: str, base: Path,
         assert distance(logits_with(base, copy, ids), expected) < 1e-4, adapter.name
 
 
-def with_dropout(rank: int, world: int, run: Run) -> dict[str, Tensor]:
+def with_dropout(rank: int, world: int, run: Run, kind: str) -> dict[str, Tensor]:
     """One layer with dropout on, and what peft says it should give for that mask, from the parts. For `run_distributed`."""
     from mswift.kernels.lora_linear import keep_mask
 
-    module = next(module for name, module in open_model(run, world).adapters() if name.endswith("linear_proj.weight"))
+    module = next(module for name, module in open_model(run, world).adapters() if name.endswith(kind))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for factor in module.factors.values():
             factor.add_(torch.randn(factor.shape, generator=generator) * 0.1)
     x = torch.randn(5, 2, module.base_weight.shape[1], generator=generator)
-    found = module.train()(x)[0]
+    found = module.train()(x)  # the gate's is what is added to the base
+    found = found[0] if isinstance(found, tuple) else found + x @ module.base_weight.t()
     flat = x.flatten(0, 1)
     kept = flat * keep_mask((10, flat.shape[1]), (0, flat.shape[1]), module.dropout, module.seed(), flat)
     w, delta = module.base_weight, module.scale * module.lora_b @ module.lora_a
@@ -181,10 +182,12 @@ def with_dropout(rank: int, world: int, run: Run) -> dict[str, Tensor]:
     return {"found": found.flatten(0, 1).detach(), "wanted": wanted.detach(), "plain": (flat @ w.t()).detach(), "mask": kept == 0}
 
 
-def test_dropout_takes_from_the_adapted_part_alone(base: Path) -> None:
+@pytest.mark.parametrize(("case", "kind"), [("llama/plain", "linear_proj.weight"), ("qwen2_moe/plain", "shared_experts.gate_weight")])
+def test_dropout_takes_from_the_adapted_part_alone(case: str, kind: str, tmp_path: Path) -> None:
     """peft: the base sees the whole input; what is added for the magnitude and the factors sees what dropout has left."""
-    plain = make_checkpoint(base.parent / "plain")
-    said = run_distributed(with_dropout, 1, Run(plain, lora={**DORA, "dropout": 0.3}))[0]
+    family, changes = options_of(case)
+    plain = make_checkpoint(tmp_path / "plain", family, **changes)
+    said = run_distributed(with_dropout, 1, Run(plain, lora={**DORA, "dropout": 0.3}), kind)[0]
     assert 0.2 < said["mask"].float().mean() < 0.4
     torch.testing.assert_close(said["found"], said["wanted"], rtol=1e-4, atol=1e-5)
     assert distance(said["found"], said["plain"]) > 0.1
@@ -193,8 +196,22 @@ def test_dropout_takes_from_the_adapted_part_alone(base: Path) -> None:
 def test_what_has_no_dora_is_refused(ids: Tensor, tmp_path: Path) -> None:
     family, changes = options_of("qwen2_moe/plain")
     mixture = make_checkpoint(tmp_path / "mixture", family, **changes)
-    with pytest.raises(RankError, match="--use_dora true is not done on router, shared_expert_gate; leave these out"):
+    with pytest.raises(RankError, match="--use_dora true is not done on router; leave these out"):
         run_distributed(adapter_logits, 1, [Run(mixture, lora={**DORA, "targets": ("linear_qkv", "shared_expert_gate", "router")})], ids)
-    adapter = make_peft_adapter(mixture, tmp_path / "adapter", use_dora=True, target_modules=["q_proj", "shared_expert_gate"])
-    with pytest.raises(RankError, match="DoRA on shared_expert_gate, which is not supported there; merge it into its base with peft"):
-        run_distributed(adapter_logits, 1, [Run(mixture, adapter=adapter)], ids)
+
+
+def test_the_gate_of_a_shared_expert(ids: Tensor, base: Path, tmp_path: Path) -> None:
+    """An adapter of peft loads and goes back; gradients of one of ours are those of peft, with split sequences as well."""
+    family, changes = options_of("qwen2_moe/plain")
+    mixture = make_checkpoint(tmp_path / "mixture", family, **changes)
+    adapter = make_peft_adapter(
+        mixture, tmp_path / "adapter", std=0.5, use_dora=True, target_modules=["q_proj", "k_proj", "v_proj", "shared_expert_gate"]
+    )
+    found = run_distributed(adapter_logits, 1, [Run(mixture, adapter=adapter)], ids, [tmp_path / "copy"])[0][0]
+    expected = logits_with(mixture, adapter, ids)
+    assert distance(logits_with(mixture, None, ids), expected) > 0.1
+    assert distance(found, expected) < 1e-4
+    assert distance(logits_with(mixture, tmp_path / "copy", ids), expected) < 1e-4
+    rows, targets = base.parent / "rows.jsonl", ("linear_qkv", "shared_expert_gate")
+    run_distributed(train_lora, 1, Run(mixture, rows, lora={**DORA, "targets": targets}, steps=3), ids, tmp_path / "own")
+    check_gradients_of_an_adapter(LAYOUTS["tp2-split-sequences"], mixture, rows, tmp_path / "own")

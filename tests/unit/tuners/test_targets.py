@@ -37,7 +37,7 @@ def test_names_in_a_mixture(names: list[str], expected: tuple[str, ...]) -> None
 
 
 def test_dora_leaves_out_what_it_cannot_do_and_says_so_when_named() -> None:
-    assert resolve_targets(["all-linear"], OWN, use_dora=True) == ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    assert resolve_targets(["all-linear"], OWN, use_dora=True) == ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "shared_expert_gate")
     with pytest.raises(ConfigError, match=r"--use_dora true is not done on experts\.linear_fc1, experts\.linear_fc2, router; leave these out"):
         resolve_targets(["experts", "gate", "o_proj"], OWN, use_dora=True)
     with pytest.raises(ConfigError, match="got 'lm_head', wanted a model with a head of its own: that of this one is its embedding"):
