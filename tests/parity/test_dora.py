@@ -187,7 +187,7 @@ def test_dropout_takes_from_the_adapted_part_alone(case: str, kind: str, tmp_pat
     """peft: the base sees the whole input; what is added for the magnitude and the factors sees what dropout has left."""
     family, changes = options_of(case)
     plain = make_checkpoint(tmp_path / "plain", family, **changes)
-    said = run_distributed(with_dropout, 1, Run(plain, lora={**DORA, "dropout": 0.3}), kind)[0]
+    said = run_distributed(with_dropout, 1, Run(plain, lora={**DORA, "dropout": 0.3, "targets": DENSE}), kind)[0]
     assert 0.2 < said["mask"].float().mean() < 0.4
     torch.testing.assert_close(said["found"], said["wanted"], rtol=1e-4, atol=1e-5)
     assert distance(said["found"], said["plain"]) > 0.1
