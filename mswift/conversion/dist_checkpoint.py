@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from mswift.conversion.in_turn import Advice, InTurn, Weights, advise, storage_of
 from mswift.conversion.safetensors_io import bytes_of
 from mswift.conversion.staging import replace_file
 from mswift.errors import CheckpointError
@@ -89,29 +90,19 @@ class PartsWriter(FileSystemWriter):
     One tensor is in memory at a time, and the disk takes a file in while those of the next are read.
 
     Args:
-        max_bytes: of a file; a larger tensor has one of its own. fill: makes sure that a tensor holds its values, called just before it is written.
-        release: called with a tensor once nothing more of its storage is to be written. expect: with the one that is filled next.
+        max_bytes: of a file; a larger tensor has one of its own. weights: of which the tensors are.
         progress: called after every file with the bytes done and in all, of this rank.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        max_bytes: int,
-        fill: Callable[[torch.Tensor], None],
-        release: Callable[[torch.Tensor], None],
-        expect: Callable[[torch.Tensor], None],
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
+    def __init__(self, directory: Path, max_bytes: int, weights: Weights, progress: Callable[[int, int], None] | None) -> None:
         super().__init__(directory, single_file_per_rank=True, thread_count=1, sync_files=False)
-        self._directory, self._max_bytes, self._progress = directory, max_bytes, progress
-        self._fill, self._release, self._expect = fill, release, expect
+        self._directory, self._max_bytes, self._weights, self._progress = directory, max_bytes, weights, progress
         self.bytes, self.reused, self.num_files = 0, 0, 0
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         sizes = {id(item): _nbytes(item) for item in plan.items}
         total, results = sum(sizes.values()), []
-        in_turn = _InTurn(planner, plan.items, self._fill, self._release, self._expect)
+        one_by_one = _OneByOne(planner, plan.items, self._weights)
         with ThreadPoolExecutor(1) as behind:
             notes = []
             for number, items in enumerate(_split(plan.items, sizes, self._max_bytes)):
@@ -120,10 +111,10 @@ class PartsWriter(FileSystemWriter):
                 note, contents = self._directory / f".{prefix}done", _contents(items)
                 written = _read_note(note, contents, part)
                 if written is None:
-                    written = self._write_part(part, in_turn)
+                    written = self._write_part(part, one_by_one)
                     notes.append(behind.submit(_keep, note, contents, written, items))
                 else:
-                    in_turn.skip(items)
+                    one_by_one.skip(items)
                     self.reused += 1
                 results += written
                 self.bytes += sum(sizes[id(item)] for item in items)
@@ -150,33 +141,26 @@ class PartsWriter(FileSystemWriter):
             note.unlink()
 
 
-class _InTurn(DefaultSavePlanner):
+class _OneByOne(DefaultSavePlanner):
     """A planner whose tensors are filled when the writer asks for them and released when it asks for the next, unless that is of the same storage."""
 
-    def __init__(
-        self,
-        planner: SavePlanner,
-        items: list[WriteItem],
-        fill: Callable[[torch.Tensor], None],
-        release: Callable[[torch.Tensor], None],
-        expect: Callable[[torch.Tensor], None],
-    ) -> None:
+    def __init__(self, planner: SavePlanner, items: list[WriteItem], weights: Weights) -> None:
         super().__init__()
-        self._planner, self._fill, self._release, self._expect = planner, fill, release, expect
+        self._planner, self._weights = planner, weights
         tensors = [data for item in items if isinstance(data := planner.resolve_data(item), torch.Tensor)]
-        self._left = Counter(_storage(data) for data in tensors)
-        self._following = {_storage(one): other for one, other in pairwise(tensors) if _storage(one) != _storage(other)}
+        self._left = Counter(storage_of(data) for data in tensors)
+        self._following = {storage_of(one): other for one, other in pairwise(tensors) if storage_of(one) != storage_of(other)}
         self._done: torch.Tensor | None = None
         for data in tensors:  # so that one takes the memory of another, not memory that was never touched
-            release(data)
+            weights.release(data)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         self._end()
         data = self._planner.resolve_data(write_item)
         if isinstance(data, torch.Tensor):
-            self._fill(data)
-            if _storage(data) in self._following:
-                self._expect(self._following[_storage(data)])
+            self._weights.ensure(data)
+            if storage_of(data) in self._following:
+                self._weights.expect(self._following[storage_of(data)])
             self._done = data
             if data.is_cpu and data.is_contiguous() and data.numel() and data.untyped_storage().size() != data.nbytes:
                 return torch.frombuffer(bytes_of(data), dtype=data.dtype).view(data.shape)  # torch would copy what is a part of a storage
@@ -191,15 +175,11 @@ class _InTurn(DefaultSavePlanner):
 
     def _end(self) -> None:
         if self._done is not None:
-            key = _storage(self._done)
+            key = storage_of(self._done)
             self._left[key] -= 1
             if not self._left[key]:
-                self._release(self._done)
+                self._weights.release(self._done)
             self._done = None
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _split(items: list[WriteItem], sizes: Mapping[int, int], max_bytes: int) -> list[list[WriteItem]]:
@@ -293,74 +273,61 @@ def _quiet_loading() -> Iterator[None]:
         logging.disable(before)
 
 
-class StoredTensors(FileSystemReader):
-    """Tensors of a distributed checkpoint that are read when they are asked for, by each rank alone; made by `load_tensors`."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self._directory = directory
-        self._items: dict[int, list[ReadItem]] = {}
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._waiting: set[int] = set()
+class _RememberingReader(FileSystemReader):
+    """Reads nothing when megatron's planner asks it to, but remembers what; then as much as it is told."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        self._plan, self._planner = plan, planner
-        for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                super().read_data(replace(plan, items=[item]), planner)
-            else:
-                self._items.setdefault(_storage(planner.resolve_tensor(item)), []).append(item)
-        self._waiting = set(self._items)
+        self.plan, self._planner = plan, planner
+        self.read([item for item in plan.items if item.type == LoadItemType.BYTE_IO])
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
+    def storage_of(self, item: ReadItem) -> int:
+        """The storage that an item is read into."""
+        return storage_of(self._planner.resolve_tensor(item))
+
+    def read(self, items: list[ReadItem]) -> None:
+        super().read_data(replace(self.plan, items=items), self._planner).wait()
+
+
+class StoredTensors(InTurn):
+    """Tensors of a distributed checkpoint, read by each rank alone; made by `load_tensors`."""
+
+    def __init__(self, directory: Path, reader: _RememberingReader) -> None:
+        super().__init__()
+        self._directory, self._reader = directory, reader
+        self._items: dict[int, list[ReadItem]] = {}
+        for item in reader.plan.items:
+            if item.type == LoadItemType.TENSOR:
+                self._items.setdefault(reader.storage_of(item), []).append(item)
+
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         """These are what `fill` fills, whole: a part that the checkpoint does not have is zero."""
-        self._tensors = {_storage(tensor): tensor for tensor in tensors}
+        self._watch(tensor for tensor in tensors if storage_of(tensor) in self._items)
 
-    def fill(self, tensor: torch.Tensor) -> None:
-        """Read the tensor that this one is, or is a view of, if it has not been read.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        key = _storage(tensor)
-        if key not in self._waiting:
-            return
-        self._waiting.remove(key)
-        whole = self._tensors[key]
-        if not whole.untyped_storage().size():
-            whole.untyped_storage().resize_(whole.nbytes)
+    def _read(self, key: int, whole: torch.Tensor) -> None:
         items = self._items[key]
         if sum(math.prod(item.lengths) for item in items) < whole.numel():
             whole.zero_()
         try:
-            super().read_data(replace(self._plan, items=items), self._planner).wait()
+            self._reader.read(items)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{self._directory} cannot be read: {reason_of(error)}; convert it again") from error
-        alone = [item for item in items if 2 * math.prod(item.lengths) * whole.itemsize > self.storage_data[item.storage_index].length]
-        self._advise(alone, os.POSIX_FADV_DONTNEED)  # the memory is better used for what is written; of the others another rank reads the rest
+        alone = [item for item in items if 2 * math.prod(item.lengths) * whole.itemsize > self._place(item).length]
+        self._tell(alone, "done")  # the memory is better used for what is written; of the others another rank reads the rest
 
-    def expect(self, tensor: torch.Tensor) -> None:
-        """`fill` will be called for this one next."""
-        key = _storage(tensor)
-        if key in self._waiting:
-            self._advise(self._items[key], os.POSIX_FADV_WILLNEED)
+    def _advise(self, key: int, advice: Advice) -> None:
+        self._tell(self._items[key], advice)
 
-    def _advise(self, items: list[ReadItem], advice: int) -> None:
+    def _tell(self, items: list[ReadItem], advice: Advice) -> None:
         for item in items:
-            place = self.storage_data[item.storage_index]
+            place = self._place(item)
             with (self._directory / place.relative_path).open("rb") as file:
-                os.posix_fadvise(file.fileno(), place.offset, place.length, advice)
+                advise(file.fileno(), place.offset, place.length, advice)
 
-    def release(self, tensor: torch.Tensor) -> None:
-        """Give back the memory of the tensor that this one is, or is a view of; `fill` reads it again."""
-        key = _storage(tensor)
-        whole = self._tensors.get(key)
-        if whole is not None and key in self._items and whole.untyped_storage().size() == whole.nbytes:
-            whole.untyped_storage().resize_(0)
-            self._waiting.add(key)
+    def _place(self, item: ReadItem) -> _StorageInfo:
+        return self._reader.storage_data[item.storage_index]
 
 
 def load_tensors(state: dict[str, Any], directory: Path, *, deferred: bool = False) -> StoredTensors | None:
@@ -382,7 +349,7 @@ def load_tensors(state: dict[str, Any], directory: Path, *, deferred: bool = Fal
         shapes_validation_sharded_tensors=[shard for shard in every if not shard.allow_shape_mismatch],
         allow_shape_mismatch_sharded_tensors={shard.key: shard for shard in every if shard.allow_shape_mismatch},
     )
-    reader = StoredTensors(directory) if deferred else FileSystemReader(directory)
+    reader = _RememberingReader(directory) if deferred else FileSystemReader(directory)
     try:
         with _quiet_loading():
             torch_checkpoint.load(mcore_to_pyt_state_dict(tensors, True), storage_reader=reader, planner=planner)
@@ -390,7 +357,7 @@ def load_tensors(state: dict[str, Any], directory: Path, *, deferred: bool = Fal
         raise CheckpointError(f"it cannot be read{_first_failure(error)}") from error
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {reason_of(error)}") from error
-    return reader if isinstance(reader, StoredTensors) else None
+    return StoredTensors(directory, reader) if isinstance(reader, _RememberingReader) else None
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ import torch
 
 from mswift.conversion.directories import listing
 from mswift.conversion.file_forms import PREFIXES, TOWER, inner_name
+from mswift.conversion.in_turn import Advice
 from mswift.conversion.rules import Shape
 from mswift.conversion.safetensors_io import TensorReader, TensorSpec
 from mswift.errors import ModelError
@@ -58,7 +59,7 @@ class InnerReader(TensorReader):
     def read_as(self, name: str, shape: Shape, rows: slice, columns: slice | None = None) -> torch.Tensor:
         return self._stored.read_as(self._where[name], shape, rows, columns)
 
-    def advise(self, name: str, rows: slice | None, advice: int) -> None:
+    def advise(self, name: str, rows: slice | None, advice: Advice) -> None:
         self._stored.advise(self._where[name], rows, advice)
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mswift.conversion.coverage import drops_of, fail_on, gaps, rules_by_target
+from mswift.conversion.in_turn import Advice, InTurn, storage_of
 from mswift.conversion.rules import AnyRule, Drop, Rule, Stack
 from mswift.conversion.safetensors_io import TensorReader
 from mswift.conversion.shards import Shard, SourceSlice, source_slices
@@ -54,7 +54,7 @@ class _Task:
         return sum(part.rows * width * reader.dtype(part.source).itemsize for part in self.slices if part.source is not None)
 
 
-class LoadPlan:
+class LoadPlan(InTurn):
     """What is read from where into this rank's parameters: checked as a whole, then done at once or parameter by parameter. See `plan_load`.
 
     Args:
@@ -66,10 +66,11 @@ class LoadPlan:
     """
 
     def __init__(self, tasks: list[_Task], reader: TensorReader, left_out: dict[str, int]) -> None:
+        super().__init__()
         self.once = False
         self._tasks, self.reader, self.left_out = tasks, reader, left_out
-        self._by_storage = {_key(task.parameter.tensor): task for task in tasks if task.parameter.tensor.numel()}
-        self._waiting = set(self._by_storage)
+        self._by_storage = {storage_of(task.parameter.tensor): task for task in tasks if task.parameter.tensor.numel()}
+        self._watch(task.parameter.tensor for task in self._by_storage.values())
         self._devices: dict[str, torch.device] = {}
         self.total, self.done = sum(task.nbytes(reader) for task in tasks), 0
 
@@ -77,38 +78,18 @@ class LoadPlan:
         """Parameters of this rank that the checkpoint has in `dtype` and the model in another."""
         return {task.parameter.name for task in self._tasks if task.dtypes == {dtype} and task.parameter.tensor.dtype != dtype}
 
-    def fill(self, tensor: torch.Tensor) -> None:
-        """Read the parameter that ``tensor`` is, or is a view of, if it has not been read before."""
-        key = _key(tensor)
-        if key in self._waiting:
-            self._waiting.remove(key)
-            task = self._by_storage[key]
-            whole = task.parameter.tensor
-            if not whole.untyped_storage().size():
-                whole.untyped_storage().resize_(whole.nbytes)
-            fill(whole, task.slices, self.reader, task.stack)
-            self.done += task.nbytes(self.reader)
-            if self.once:
-                self._advise(task, os.POSIX_FADV_DONTNEED)
+    def _read(self, key: int, whole: torch.Tensor) -> None:
+        task = self._by_storage[key]
+        fill(whole, task.slices, self.reader, task.stack)
+        self.done += task.nbytes(self.reader)
+        if self.once:
+            self._advise(key, "done")
 
-    def expect(self, tensor: torch.Tensor) -> None:
-        """`fill` will be called for this one next."""
-        key = _key(tensor)
-        if key in self._waiting:
-            self._advise(self._by_storage[key], os.POSIX_FADV_WILLNEED)
-
-    def _advise(self, task: _Task, advice: int) -> None:
+    def _advise(self, key: int, advice: Advice) -> None:
+        task = self._by_storage[key]
         for part in task.slices:
             if part.source is not None and part.columns is None and task.stack is None:  # other ranks may read the rest of these rows
                 self.reader.advise(part.source, slice(part.start, part.stop), advice)
-
-    def release(self, tensor: torch.Tensor) -> None:
-        """Give back the memory of the parameter that ``tensor`` is, or is a view of; `fill` reads it again."""
-        key = _key(tensor)
-        task = self._by_storage.get(key)
-        if task is not None and task.parameter.tensor.untyped_storage().size() == task.parameter.tensor.nbytes:  # not a part of a larger one
-            task.parameter.tensor.untyped_storage().resize_(0)
-            self._waiting.add(key)
 
     def read(self, name: str) -> torch.Tensor:
         """The values of a parameter of this rank, read now, in memory of their own."""
@@ -121,8 +102,10 @@ class LoadPlan:
         """Let go of the memory of a parameter, which is not read any more but by `read`."""
         index = next(index for index, task in enumerate(self._tasks) if task.parameter.name == name)
         task, own = self._tasks[index], self._tasks[index].parameter.tensor
-        if self._by_storage.pop(_key(own), None) is not None and _key(own) in self._waiting:
-            self._waiting.remove(_key(own))
+        key = storage_of(own)
+        self._by_storage.pop(key, None)
+        if self._whole.pop(key, None) is not None and key in self._waiting:
+            self._waiting.remove(key)
             self.done += task.nbytes(self.reader)
         self._devices[name] = own.device
         self._tasks[index] = replace(task, parameter=replace(task.parameter, tensor=torch.empty_like(own, device="meta")))
@@ -139,11 +122,6 @@ class LoadPlan:
         ]
         counts = {cast: casts.count(cast) for cast in sorted(set(casts))}
         return LoadReport(len(self._tasks), self.done, time.perf_counter() - begun, counts)
-
-
-def _key(tensor: torch.Tensor) -> int:
-    """The same for all views of one storage, with memory and without."""
-    return tensor.untyped_storage()._cdata
 
 
 def load_weights(

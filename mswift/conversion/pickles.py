@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from mswift.conversion.directories import PICKLE_INDEX_FILE, Header, HeaderEntry, damaged, listing, located, read_archive, weight_files
+from mswift.conversion.in_turn import Advice
 from mswift.conversion.rules import Shape
 from mswift.conversion.safetensors_io import TYPE_NAMES, CheckpointReader, SafetensorsFile, TensorFile, TensorSpec
 from mswift.errors import ModelError
@@ -87,7 +88,7 @@ class HeldFile:
         assert out.numel() == tensor.numel(), f"{name}: the slice has {tensor.numel()} elements, its destination {out.numel()}"
         out.view(tensor.shape).copy_(tensor)
 
-    def advise(self, name: str, rows: slice | None, advice: int) -> None:
+    def advise(self, name: str, rows: slice | None, advice: Advice) -> None:
         """There is nothing to tell the system."""
 
     def close(self) -> None:

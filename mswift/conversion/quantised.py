@@ -17,6 +17,7 @@ from mswift.conversion.directories import CONFIG_FILE, is_pickled, listing, read
 from mswift.conversion.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from mswift.conversion.formats.base import Quantised, Span
 from mswift.conversion.formats.settings import QUANTIZATION_KEY, dtype_of, excluded_modules, quantisation_of
+from mswift.conversion.in_turn import Advice
 from mswift.conversion.inner_reader import InnerReader
 from mswift.conversion.pickles import PickleReader
 from mswift.conversion.rules import Shape
@@ -127,7 +128,7 @@ class QuantisedReader(TensorReader):
             values = weight.read(self._stored, height, width)
             out[height[0] - top : height[1] - top, width[0] - left : width[1] - left].copy_(values)
 
-    def advise(self, name: str, rows: slice | None, advice: int) -> None:
+    def advise(self, name: str, rows: slice | None, advice: Advice) -> None:
         if name not in self._weights:
             self._stored.advise(name, rows, advice)
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from mswift.conversion.directories import Header, damaged, listing, open_file, parse_header, read_weights
+from mswift.conversion.in_turn import Advice, advise
 from mswift.conversion.rules import Shape
 from mswift.errors import ConversionError, ModelError
 
@@ -90,7 +91,7 @@ class TensorFile(Protocol):
         self, name: str, out: torch.Tensor, rows: slice | None = None, columns: slice | None = None, *, shape: Shape | None = None
     ) -> None: ...
 
-    def advise(self, name: str, rows: slice | None, advice: int) -> None: ...
+    def advise(self, name: str, rows: slice | None, advice: Advice) -> None: ...
 
     def close(self) -> None: ...
 
@@ -141,11 +142,11 @@ class SafetensorsFile:
         for index in range(runs):
             self._read_exactly(view[index * run : (index + 1) * run], begin + index * step + skip)
 
-    def advise(self, name: str, rows: slice | None, advice: int) -> None:
-        """Tell the system what becomes of rows: ``os.POSIX_FADV_WILLNEED`` or ``os.POSIX_FADV_DONTNEED``."""
+    def advise(self, name: str, rows: slice | None, advice: Advice) -> None:
+        """Tell the system what becomes of rows."""
         spec = self.specs[name]
         first, last = _span(rows, spec.shape[0] if spec.shape else 1)
-        os.posix_fadvise(self._file.fileno(), self._offsets[name] + first * spec.row_bytes, (last - first) * spec.row_bytes, advice)
+        advise(self._file.fileno(), self._offsets[name] + first * spec.row_bytes, (last - first) * spec.row_bytes, advice)
 
     def _read_exactly(self, view: memoryview, offset: int) -> None:
         while view:
@@ -194,8 +195,8 @@ class TensorReader(ABC):
         """
 
     @abstractmethod
-    def advise(self, name: str, rows: slice | None, advice: int) -> None:
-        """Rows will be read soon (``os.POSIX_FADV_WILLNEED``) or not again (``os.POSIX_FADV_DONTNEED``): for the system's page cache."""
+    def advise(self, name: str, rows: slice | None, advice: Advice) -> None:
+        """Tell the system what becomes of rows, for its page cache."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -279,7 +280,7 @@ class CheckpointReader(TensorReader):
         """`SafetensorsFile.read_into` of whichever file holds the tensor."""
         self._where[name].read_into(name, out, rows, columns)
 
-    def advise(self, name: str, rows: slice | None, advice: int) -> None:
+    def advise(self, name: str, rows: slice | None, advice: Advice) -> None:
         self._where[name].advise(name, rows, advice)
 
     def read_as(self, name: str, shape: Shape, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:  # of any shape
@@ -351,7 +352,7 @@ class ShardWriter:
         self._low, self._high = min(self._low, begin), max(self._high, begin + len(tensor) * spec.row_bytes if spec.shape else begin)
         self._behind += view.nbytes
         if self._behind >= _BEHIND:
-            os.posix_fadvise(self._fd, self._low, self._high - self._low, os.POSIX_FADV_DONTNEED)
+            advise(self._fd, self._low, self._high - self._low, "done")
             self._low, self._high, self._behind = 2**62, 0, 0
         return view.nbytes
 

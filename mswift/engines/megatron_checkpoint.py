@@ -85,7 +85,7 @@ def write_checkpoint(
             check_space(draft, int(own) // (model.groups.layout.dp * model.groups.layout.cp) - written)
 
     agree(attempt(begin), f"writing {directory}")
-    writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model.ensure, model.release, model.expect, progress)
+    writer = PartsWriter(draft / MCORE_WEIGHTS, min(parse_size(max_shard_size), _PART), model, progress)
     names = gather_names(shard.key for shard in _shards(_sharded(model)))
     described = _sharded(model)
     for chunk in described.values():
