@@ -5,7 +5,7 @@ program says of reading and writing, and the sync after it; the whole command, i
 is JSON: rows of ``name, ours, peer, peer_name, ratio`` (GB/s; median of the ratios of pairs), with the peak memory of a process and its limit (its
 shard + largest tensor + 1 GiB).
 
-Usage: python benchmarks/convert.py --folder DIR [--models dense moe] [--only to_mcore to_hf] [--ranks 2] [--pairs 3] [--settle 6] [--scale 1.0]
+Usage: python benchmarks/convert.py --folder DIR [--models dense moe] [--only to_mcore to_hf] [--ranks 2] [--pairs 3] [--scale 1.0]
 One model in one direction is a piece that can be measured by itself; what it starts from is made if it is not in DIR yet.
 """
 
@@ -113,16 +113,10 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(source: Path, target: Path, action: Callable[[], str], settle: float) -> tuple[float, float, str]:
-    """Seconds of an action on a cold source, and of the sync after it until its target is on the disk; what it said.
-
-    Args:
-        settle: seconds to wait before. A virtual machine may lose memory that nothing uses for some seconds: what was freed a moment ago is three
-            times as fast as what has to be given again, and a conversion needs those seconds to start Python, `cp` does not.
-    """
+def timed(source: Path, target: Path, action: Callable[[], str]) -> tuple[float, float, str]:
+    """Seconds of an action on a cold source, and of the sync after it until its target is on the disk; what it said."""
     shutil.rmtree(target, ignore_errors=True)
     forget(source)
-    time.sleep(settle)
     begun = time.perf_counter()
     said = action()
     done = time.perf_counter()
@@ -144,20 +138,17 @@ def copy(source: Path, target: Path) -> str:
     return ""
 
 
-def measure(name: str, program: str, source: Path, target: Path, flags: list[str], ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, program: str, source: Path, target: Path, flags: list[str], ranks: int, pairs: int) -> dict[str, Any]:
     """One row: conversions and copies in turn."""
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file()) / 1e9
     ours, peer, command, peaks = [], [], [], []
-    other = target.with_name("copy")
-    timed(source, other, lambda: copy(source, other), 0.0)  # so that the first of a pair is like the others
-    shutil.rmtree(other)
-    for _ in range(options.pairs):
-        seconds, synced, said = timed(source, target, lambda: convert(program, source, target, flags, ranks), options.settle)
+    for _ in range(pairs):
+        seconds, synced, said = timed(source, target, lambda: convert(program, source, target, flags, ranks))
         command.append(size / (seconds + synced))
         ours.append(size / (float(re.findall(r"MiB in ([\d.]+) s", said)[0]) + synced))
         peaks.append(float(re.findall(r"at most ([\d.]+) GiB", said)[0]))
-        peer.append(size / sum(timed(source, other, lambda: copy(source, other), options.settle)[:2]))
-        shutil.rmtree(other)
+        peer.append(size / sum(timed(source, target.with_name("copy"), lambda: copy(source, target.with_name("copy")))[:2]))
+        shutil.rmtree(target.with_name("copy"))
     row = {"name": name, "ours": statistics.median(ours), "peer": statistics.median(peer), "peer_name": "cp", "size_gb": size, "ranks": ranks}
     row |= {
         "ratio": statistics.median(one / other for one, other in zip(ours, peer)),
@@ -186,7 +177,7 @@ def pieces(kind: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             start, end = (source, megatron) if way == "to_mcore" else (megatron, options.folder / f"{kind}-hf")
             if not start.exists():
                 convert(PROGRAMS["to_mcore"], source, start, flags, ranks)
-            row = measure(f"{kind} {PROGRAMS[way]} {flag} {ranks}", PROGRAMS[way], start, end, flags, ranks, options)
+            row = measure(f"{kind} {PROGRAMS[way]} {flag} {ranks}", PROGRAMS[way], start, end, flags, ranks, options.pairs)
             limit = (whole - spread) / (ranks if kind == "dense" else 1) + spread / ranks + largest + 1
             yield {**row, "limit_gib": limit, "within_limit": row["peak_gib"] <= limit}
 
@@ -198,7 +189,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS), help="directions")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--settle", type=float, default=6.0, help="seconds before either of a pair begins, which a conversion needs to start Python")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the layers, for a quick look")
     options = parser.parse_args()
     print(json.dumps([row for kind in options.models for row in pieces(kind, options)]))

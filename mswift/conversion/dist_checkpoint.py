@@ -212,6 +212,7 @@ def _keep(note: Path, contents: str, results: list[WriteResult], items: list[Wri
     for path in {str(entry[1]) for entry in entries}:
         with (note.parent / path).open("rb") as file:
             os.fsync(file.fileno())
+            advise(file.fileno(), 0, 0, "done")
     replace_file(note, json.dumps([contents, entries]))
 
 

@@ -70,8 +70,9 @@ class TensorSpec:
         return self if joined < 2 else TensorSpec(self.dtype, (math.prod(self.shape[:joined]), *self.shape[joined:]))
 
 
-_BEHIND = 64 * 2**20
-"""Bytes that are written before the disk begins with them: by itself the system lets gigabytes wait, and then the writers."""
+_WINDOW, _WINDOWS = 64 * 2**20, 4
+"""Bytes that are written before the disk begins with them (by itself the system lets gigabytes wait, and then the writers), and after how many times
+that the page cache gives up what the disk has: memory that was in use a moment ago is faster than new memory."""
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -310,6 +311,7 @@ class ShardWriter:
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None, *, join: bool = False) -> None:
         self.path, self.joined = path, join
         self._low, self._high, self._behind = 2**62, 0, 0  # what the disk has not been told of
+        self._begun: list[tuple[int, int]] = []  # what it has begun with
         order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)  # stable: names of one type keep their order
         self._specs = {name: specs[name] for name in order}
         header, self._offsets, size = _layout(self._specs, METADATA if metadata is None else metadata)
@@ -351,8 +353,11 @@ class ShardWriter:
         self.written[name] += view.nbytes
         self._low, self._high = min(self._low, begin), max(self._high, begin + len(tensor) * spec.row_bytes if spec.shape else begin)
         self._behind += view.nbytes
-        if self._behind >= _BEHIND:
-            advise(self._fd, self._low, self._high - self._low, "done")
+        if self._behind >= _WINDOW:
+            self._begun.append((self._low, self._high - self._low))
+            for offset, length in self._begun[-1], *self._begun[:-_WINDOWS]:
+                advise(self._fd, offset, length, "done")
+            self._begun = self._begun[-_WINDOWS:]
             self._low, self._high, self._behind = 2**62, 0, 0
         return view.nbytes
 
