@@ -11,7 +11,7 @@ TORCH_LIBRARY(mswift, m) {
   m.def("isa() -> str", []() -> std::string { return mswift::name_of(mswift::isa()); });
   m.def("built_for() -> str", []() -> std::string { return TORCH_VERSION; });
 
-  // attention
+  // attention; q [s, b, heads, d], or [s, b, groups, heads of each, d] where no stride leads from head to head
   m.def(
       "causal_attention(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor? sinks, float scale, int window, int chunk) -> (Tensor out, Tensor lse)");
   m.def(
@@ -64,4 +64,6 @@ TORCH_LIBRARY(mswift, m) {
   m.def("gated_activation(Tensor x, float slope, float cubic, float limit, float offset) -> Tensor");
   m.def("gated_activation_backward(Tensor grad, Tensor x, float slope, float cubic, float limit, float offset) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, bool interleaved, bool back) -> Tensor");
+  // in place: x [s, b, ...] holds heads of `width` columns side by side, of every `each` of which the first `turned` are rotated
+  m.def("rotate_(Tensor(a!) x, Tensor table, int width, int each, int turned, bool interleaved, bool back) -> ()");
 }

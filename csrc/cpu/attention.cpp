@@ -22,14 +22,17 @@ struct Segment {
   int64_t first, length, tiles;
 };
 
-// q [s, b, heads, d], k [s, b, groups, d], v [s, b, groups, dv]: the last dim is contiguous, the others have any stride.
+static int64_t heads_of(const Tensor& q) { return q.dim() == 5 ? q.size(2) * q.size(3) : q.size(2); }
+
+// q [s, b, heads, d] or [s, b, groups, heads of each, d], k [s, b, groups, d], v [s, b, groups, dv]: the last dim is contiguous, the others have
+// any stride.
 struct Problem {
   int64_t tokens, batch, heads, groups, d, dv, window;
   float scale;
   std::vector<Segment> segments;
 
   Problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds, double scale, int64_t window, int64_t chunk)
-      : tokens(q.size(0)), batch(q.size(1)), heads(q.size(2)), groups(k.size(2)), d(q.size(3)), dv(v.size(3)),
+      : tokens(q.size(0)), batch(q.size(1)), heads(heads_of(q)), groups(k.size(2)), d(q.size(-1)), dv(v.size(3)),
         window(window > 0 ? window : std::numeric_limits<int32_t>::max()), scale(static_cast<float>(scale)) {
     const Tensor ends = bounds.to(at::kLong).contiguous();
     const int64_t* end = ends.const_data_ptr<int64_t>();
@@ -54,7 +57,8 @@ struct Rows {  // one head of one batch row: tokens x columns
 template <class T>
 Rows<T> head_of(const Tensor& x, int64_t row, int64_t head) {
   T* data = static_cast<T*>(const_cast<void*>(x.const_data_ptr()));
-  return {data + row * x.stride(1) + head * x.stride(2), x.stride(0)};
+  const int64_t at = x.dim() == 5 ? head / x.size(3) * x.stride(2) + head % x.size(3) * x.stride(3) : head * x.stride(2);
+  return {data + row * x.stride(1) + at, x.stride(0)};
 }
 
 template <class T>
@@ -300,15 +304,16 @@ struct Backward {
 static Tensor with_plain_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 static void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds, const std::optional<Tensor>& sinks, double scale) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "causal_attention: q, k and v must be [s, b, heads or groups, columns]");
+  TORCH_CHECK((q.dim() == 4 || q.dim() == 5) && k.dim() == 4 && v.dim() == 4, "causal_attention: q, k and v must be [s, b, heads or groups, columns]");
+  TORCH_CHECK(q.dim() == 4 || q.size(2) == k.size(2), "causal_attention: q of five dimensions must be [s, b, groups, heads of each, columns]");
   TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16, "causal_attention: q must be float32 or bfloat16, got ", q.scalar_type());
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "causal_attention: k and v must have the dtype of q");
   TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == q.size(1) && v.size(1) == q.size(1), "causal_attention: k and v must have the tokens of q");
-  TORCH_CHECK(k.size(2) == v.size(2) && k.size(2) > 0 && q.size(2) % k.size(2) == 0, "causal_attention: heads must be a multiple of groups");
-  TORCH_CHECK(k.size(3) == q.size(3) && q.size(3) % 16 == 0 && v.size(3) % 16 == 0, "causal_attention: the width of a head must be a multiple of 16");
+  TORCH_CHECK(k.size(2) == v.size(2) && k.size(2) > 0 && heads_of(q) % k.size(2) == 0, "causal_attention: heads must be a multiple of groups");
+  TORCH_CHECK(k.size(3) == q.size(-1) && q.size(-1) % 16 == 0 && v.size(3) % 16 == 0, "causal_attention: the width of a head must be a multiple of 16");
   TORCH_CHECK(bounds.dim() == 1 && bounds.numel() >= 1, "causal_attention: bounds must be [rows + 1]");
   TORCH_CHECK(scale > 0, "causal_attention: scale must be above 0, got ", scale);
-  TORCH_CHECK(!sinks || (sinks->numel() == q.size(2) && sinks->scalar_type() == at::kFloat), "causal_attention: sinks must be float32 [heads]");
+  TORCH_CHECK(!sinks || (sinks->numel() == heads_of(q) && sinks->scalar_type() == at::kFloat), "causal_attention: sinks must be float32 [heads]");
 }
 
 static std::tuple<Tensor, Tensor> forward(

@@ -1,8 +1,12 @@
 // What stands between the products of a transformer block, each in one pass: norms, gated activations, rotary positions.
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -189,34 +193,102 @@ static Tensor gated_backward(const Tensor& grad_, const Tensor& x_, double slope
   return dx;
 }
 
+static void check_table(const Tensor& table, int64_t tokens, int64_t width) {
+  TORCH_CHECK(
+      table.dim() == 3 && table.size(0) == 2 && table.size(1) == tokens && table.scalar_type() == at::kFloat && 2 * table.size(2) <= width,
+      "rotate: table must be float32 [2, s, half of the rotated columns], got ", table.sizes());
+}
+
+// Row r of [s, b]: `turn` gets where it begins in a tensor of these strides, its place, and a function that rotates one head of `n` columns.
+template <class Value, class Turn>
+static void over_tokens(const Tensor& x, const Tensor& table, int64_t columns, int64_t n, bool interleaved, bool back, const Turn& turn) {
+  const int64_t s = x.size(0), b = x.size(1), half = table.size(2);
+  const float sign = back ? -1.0f : 1.0f;
+  over_rows(s * b, columns, [&](int64_t r) {
+    const int64_t t = r / b;
+    const float *cos = data_of<float>(table) + t * half, *sin = cos + s * half;
+    turn(t * x.stride(0) + r % b * x.stride(1), r, [&](const Value* from, Value* to) {
+      if (interleaved)
+        MSWIFT_ROW(rotate_pairs_row, from, cos, sin, half, n, sign, to);
+      else
+        MSWIFT_ROW(rotate_halves_row, from, cos, sin, half, n, sign, to);
+    });
+  });
+}
+
 static Tensor rotate(const Tensor& x_, const Tensor& table_, bool interleaved, bool back) {
   const Tensor x = x_.stride(-1) == 1 ? x_ : x_.contiguous(), table = table_.contiguous();
   TORCH_CHECK(x.dim() == 4, "rotate: x must be [s, b, heads, columns], got ", x.sizes());
-  TORCH_CHECK(
-      table.dim() == 3 && table.size(0) == 2 && table.size(1) == x.size(0) && table.scalar_type() == at::kFloat && 2 * table.size(2) <= x.size(3),
-      "rotate: table must be float32 [2, s, half of the rotated columns], got ", table.sizes());
-  const int64_t s = x.size(0), b = x.size(1), heads = x.size(2), n = x.size(3), half = table.size(2);
+  check_table(table, x.size(0), x.size(3));
+  const int64_t heads = x.size(2), n = x.size(3);
   Tensor y = at::empty(x.sizes(), x.options());
   by_type(x, "rotate", [&](auto value) {
     using Value = decltype(value);
-    over_rows(s * b, heads * n, [&](int64_t r) {
-      const int64_t t = r / b;
-      const float *cos = data_of<float>(table) + t * half, *sin = cos + s * half;
-      const Value* from = data_of<Value>(x) + t * x.stride(0) + r % b * x.stride(1);
-      Value* to = data_of<Value>(y) + r * heads * n;
-      const float sign = back ? -1.0f : 1.0f;
-      for (int64_t h = 0; h < heads; h++) {
-        if (interleaved)
-          MSWIFT_ROW(rotate_pairs_row, from + h * x.stride(2), cos, sin, half, n, sign, to + h * n);
-        else
-          MSWIFT_ROW(rotate_halves_row, from + h * x.stride(2), cos, sin, half, n, sign, to + h * n);
-      }
+    over_tokens<Value>(x, table, heads * n, n, interleaved, back, [&](int64_t at, int64_t r, const auto& turn) {
+      for (int64_t h = 0; h < heads; h++) turn(data_of<Value>(x) + at + h * x.stride(2), data_of<Value>(y) + (r * heads + h) * n);
     });
   });
   return y;
 }
 
+static void rotate_in_place(const Tensor& x_, const Tensor& table_, int64_t width, int64_t each, int64_t turned, bool interleaved, bool back) {
+  TORCH_CHECK(x_.dim() >= 3 && width > 0, "rotate_: x must be [s, b, heads of `width` columns], got ", x_.sizes());
+  TORCH_CHECK(0 < turned && turned <= each, "rotate_: turned must be in [1, each], got ", turned, " of ", each);
+  at::assert_no_internal_overlap(x_);
+  Tensor x = x_.view({x_.size(0), x_.size(1), c10::multiply_integers(x_.sizes().slice(2))});  // fails if heads do not lie side by side
+  TORCH_CHECK(x.stride(2) == 1 || x.size(2) <= 1, "rotate_: columns must lie side by side, got strides ", x_.strides());
+  const Tensor table = table_.contiguous();
+  TORCH_CHECK(x.size(2) % (each * width) == 0, "rotate_: x must hold a multiple of ", each, " heads of ", width, " columns, got ", x.size(2), " columns");
+  check_table(table, x.size(0), width);
+  by_type(x, "rotate_", [&](auto value) {
+    using Value = decltype(value);
+    Value* data = data_of<Value>(x);
+    over_tokens<Value>(x, table, x.size(2), width, interleaved, back, [&](int64_t at, int64_t, const auto& turn) {
+      for (Value* group = data + at; group < data + at + x.size(2); group += each * width)
+        for (Value* head = group; head < group + turned * width; head += width) turn(head, head);
+    });
+  });
+}
+
+// What is left of torch.library's own registration, which takes no operator that writes into its argument. Nothing needs what stood there.
+struct RotationInPlace : torch::autograd::Function<RotationInPlace> {
+  static void call(const Tensor& x, const Tensor& table, int64_t width, int64_t each, int64_t turned, bool interleaved, bool back) {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mswift::rotate_", "").typed<decltype(call)>();
+    op.call(x, table, width, each, turned, interleaved, back);
+  }
+
+  static Tensor forward(
+      torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& table, int64_t width, int64_t each, int64_t turned, bool interleaved, bool back) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    call(x, table, width, each, turned, interleaved, back);
+    ctx->mark_dirty({x});
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({table});
+    ctx->saved_data["how"] = std::vector<int64_t>{width, each, turned, interleaved, back};
+    return x;
+  }
+
+  // By reference, so that a gradient that nobody else holds can be told: it is turned back where it lies.
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list& grads) {
+    torch::autograd::variable_list found(7);
+    if (!grads[0].defined()) return found;
+    Tensor grad = std::move(grads[0]);
+    const bool alone = !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) && grad.is_contiguous() && grad.use_count() == 1 && grad.storage().use_count() == 1;
+    if (!alone) grad = grad.clone(at::MemoryFormat::Contiguous);
+    const auto how = ctx->saved_data["how"].toIntVector();
+    call(grad, ctx->get_saved_variables()[0], how[0], how[1], how[2], how[3], !how[4]);
+    found[0] = grad;
+    return found;
+  }
+
+  static void differentiable(const Tensor& x, const Tensor& table, int64_t width, int64_t each, int64_t turned, bool interleaved, bool back) {
+    apply(x, table, width, each, turned, interleaved, back);
+  }
+};
+
 }  // namespace mswift::elementwise
+
+TORCH_LIBRARY_IMPL(mswift, Autograd, m) { m.impl("rotate_", mswift::elementwise::RotationInPlace::differentiable); }
 
 TORCH_LIBRARY_IMPL(mswift, CPU, m) {
   m.impl("rms_norm", mswift::elementwise::rms_norm);
@@ -225,4 +297,5 @@ TORCH_LIBRARY_IMPL(mswift, CPU, m) {
   m.impl("gated_activation", mswift::elementwise::gated);
   m.impl("gated_activation_backward", mswift::elementwise::gated_backward);
   m.impl("rotate", mswift::elementwise::rotate);
+  m.impl("rotate_", mswift::elementwise::rotate_in_place);
 }

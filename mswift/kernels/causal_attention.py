@@ -49,7 +49,8 @@ def causal_attention(
     """``softmax(scale * q k^T) v`` of every row of tokens by itself; query head h reads key group h // (heads / groups).
 
     Args:
-        query: ``[s, b, heads, d]``. key: ``[s, b, groups, d]``. value: ``[s, b, groups, dv]``. Any strides but in the last dim.
+        query: ``[s, b, heads, d]``, or ``[s, b, groups, heads of each, d]``, as a fused projection has them. key: ``[s, b, groups, d]``. value:
+            ``[s, b, groups, dv]``. Any strides but in the last dim.
         bounds: int32 ``[rows + 1]``, where rows of tokens begin and end along s, in every b; None: all of s is one row.
         scale: factor on the scores, above 0; None: ``d ** -0.5``.
         window: tokens that a query sees at most, itself included. chunk: rows are cut into chunks of so many tokens, and a query sees its own.
@@ -85,7 +86,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple
 
 
 def _shape_of_output(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    s, b, heads, _d = query.shape
+    s, b, heads = *query.shape[:2], query.shape[2:-1].numel()
     return query.new_empty(s, b, heads, value.shape[-1]), query.new_empty(b, heads, s, dtype=torch.float32)
 
 

@@ -31,6 +31,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "gated_activation": cuda_rows.gated_activation,
     "gated_activation_backward": cuda_rows.gated_activation_backward,
     "rotate": cuda_rows.rotate,
+    "rotate_": cuda_rows.rotate_in_place,
 }
 """Name of an operator -> its function, called with the library and with what the schema says."""
 

@@ -149,11 +149,15 @@ def gated_activation_backward(library: Library, grad: Tensor, x: Tensor, slope: 
     return gated_backward(library, _rows(grad), _rows(x), abi.SIGMOID, (slope, cubic, limit, offset)).view(x.shape)
 
 
+def _check_table(table: Tensor, tokens: int, width: int) -> None:
+    if table.dim() != 3 or table.shape[:2] != (2, tokens) or table.dtype != torch.float32 or 2 * table.shape[2] > width:
+        raise RuntimeError(f"rotate: table must be float32 [2, s, half of the rotated columns], got {list(table.shape)}")
+
+
 def rotate(library: Library, x: Tensor, table: Tensor, interleaved: bool, back: bool) -> Tensor:
     if x.dim() != 4:
         raise RuntimeError(f"rotate: x must be [s, b, heads, columns], got {list(x.shape)}")
-    if table.dim() != 3 or table.shape[:2] != (2, x.shape[0]) or table.dtype != torch.float32 or 2 * table.shape[2] > x.shape[3]:
-        raise RuntimeError(f"rotate: table must be float32 [2, s, half of the rotated columns], got {list(table.shape)}")
+    _check_table(table, x.shape[0], x.shape[3])
     length, batch, heads, width = x.shape
     if x.stride(3) != 1 or (length > 1 and batch > 1 and x.stride(0) != batch * x.stride(1)):
         x = x.contiguous()
@@ -164,6 +168,20 @@ def rotate(library: Library, x: Tensor, table: Tensor, interleaved: bool, back: 
         cosine, sine = table.contiguous()
         rope(library, flat, out.view(flat.shape), (cosine, sine), None, repeat=batch, interleaved=interleaved, sign=-1 if back else 1)
     return out
+
+
+def rotate_in_place(library: Library, x: Tensor, table: Tensor, width: int, each: int, turned: int, interleaved: bool, back: bool) -> None:
+    if x.dim() < 3 or width < 1 or not 0 < turned <= each or x.shape[2:].numel() % (each * width):
+        raise RuntimeError(f"rotate_: x must be [s, b, groups of {each} heads of {width}], {turned} of each turned, got {list(x.shape)}")
+    _check_table(table, x.shape[0], width)
+    if not x.numel():
+        return
+    whole = x.contiguous()
+    heads = whole.view(-1, each, width)[:, :turned]
+    cosine, sine = table.contiguous()
+    rope(library, heads, heads, (cosine, sine), None, repeat=len(heads) // x.shape[0], interleaved=interleaved, sign=-1 if back else 1)
+    if whole.data_ptr() != x.data_ptr():
+        x.copy_(whole)
 
 
 def gather(library: Library, x: Tensor, index: Tensor) -> Tensor:

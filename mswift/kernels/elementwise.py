@@ -91,6 +91,25 @@ def rotate(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
     return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result
 
 
+def rotate_(x: Tensor, table: Tensor, *, width: int, each: int = 1, turned: int = 1, interleaved: bool) -> Tensor:
+    """Rotate heads where they lie, queries and keys straight out of a fused projection for instance; what stood there is not kept.
+
+    Args:
+        x: ``[s, b, ...]``, the dims behind the second dense: heads of `width` columns side by side, of every `each` of which the first `turned`
+            are rotated. In a graph it should be no view: torch copies the gradient of a view's base.
+        table: as for `rotate`.
+
+    Returns:
+        `x`.
+    """
+    if choice.compiled("rotate", x):
+        torch.ops.mswift.rotate_(x, table, width, each, turned, interleaved, False)
+        return x
+    heads = x.view(*x.shape[:2], -1, each, width)[..., :turned, :]
+    heads.copy_(rotate(heads.flatten(2, 3), table, interleaved=interleaved).view_as(heads))
+    return x
+
+
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *summands, weight, _, ctx.zero_centred = inputs
     rstd = output[-1]
@@ -152,6 +171,7 @@ def _describe() -> None:
     fake("mswift::gated_activation", lambda x, *_: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
     fake("mswift::gated_activation_backward", lambda _, x, *__: _plain(x))
     fake("mswift::rotate", lambda x, *_: _plain(x))
+    fake("mswift::rotate_", lambda *_: None)
     autograd("mswift::rms_norm", _norm_gradients, setup_context=_keep_norm)
     autograd("mswift::add_rms_norm", _add_norm_gradients, setup_context=_keep_norm)
     autograd("mswift::gated_activation", _gate_gradients, setup_context=_keep_gate)

@@ -329,7 +329,7 @@ def lora_linear(
     setting = _Setting(adapters, scale, mask, group, sequence_parallel and group is not None)
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)  # type: ignore[assignment]
     output = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, factor, adapter_ids, setting)
-    return output.view(*shape, weight.shape[0])
+    return torch.ops.aten._unsafe_view(output, (*shape, weight.shape[0]))  # no view to autograd: what writes into it pays for no base
 
 
 @extension.when_loaded

@@ -31,7 +31,7 @@ def packed_attention(
     """``softmax(scale * q k^T) v`` in every row by itself, differentiable in all tensors; query head h reads key group h // (heads / groups).
 
     Args:
-        query: ``[t, heads, d]``. key: ``[t, groups, d]``. value: ``[t, groups, dv]``.
+        query: ``[t, heads, d]`` or ``[t, groups, heads of each, d]``. key: ``[t, groups, d]``. value: ``[t, groups, dv]``.
         cu_seqlens: int32 ``[rows + 1]``: row i is tokens ``[cu_seqlens[i], cu_seqlens[i + 1])``; it begins with 0 and ends with t. Rows may be empty.
         scale: factor on the scores; None: ``d ** -0.5``.
         window: tokens that a query sees at most, itself included. chunk: rows are cut into chunks of so many tokens, and a query sees its own.
@@ -43,6 +43,7 @@ def packed_attention(
     if causal_attention.usable(query, key, value, softcap=softcap, dropout_p=dropout_p):
         limits: dict[str, Any] = {"scale": scale, "window": window, "chunk": chunk, "sinks": sinks}
         return causal_attention.causal_attention(query[:, None], key[:, None], value[:, None], cu_seqlens, **limits)[:, 0]
+    query = query.flatten(1, -2)
     lengths = cu_seqlens.diff().tolist()
     parts = [part.transpose(0, 1) for part in (query, key, value)]
     rows = zip(*(part.split(lengths, dim=1) for part in parts))

@@ -265,7 +265,8 @@ def quantised_linear(
         width = x.shape[-1] if full_width is None else full_width
         mask = Mask(torch.tensor([seed], device=x.device), threshold_of(dropout_p), first_column, width)
         scale *= factor_of(mask.threshold)
-    return _QuantisedLinear.apply(rows.reshape(-1, x.shape[-1]), weight, *others, scale, mask).view(*x.shape[:-1], weight.shape[0])
+    output = _QuantisedLinear.apply(rows.reshape(-1, x.shape[-1]), weight, *others, scale, mask)
+    return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], weight.shape[0]))
 
 
 @extension.when_loaded

@@ -18,7 +18,7 @@ from mswift.families.modules.context import SharedSequence
 from mswift.families.modules.norms import HeadNorm, Norm
 from mswift.families.modules.packed import PackedRows
 from mswift.kernels import causal_attention
-from mswift.kernels.elementwise import rotate
+from mswift.kernels.elementwise import rotate, rotate_
 from mswift.kernels.packed_attention import packed_attention, written_out
 from mswift.runtime.precision import widen
 
@@ -75,10 +75,10 @@ class SdpaAttention(MegatronModule):
         """Causal attention in which the last query stands at the last key.
 
         Args:
-            query: ``[sq, b, heads, dim]``. key, value: ``[sk, b, groups, dim]``, sk >= sq.
+            query: ``[sq, b, heads, dim]`` or ``[sq, b, groups, heads of each, dim]``. key, value: ``[sk, b, groups, dim]``, sk >= sq.
             attention_mask: bool ``[b or 1, 1, sq, sk]``, True = hidden, on top of the causal mask; None: nothing more is hidden. Where attention
                 goes by chunks, what is hidden from the last query is padding on the left, and chunks begin behind it.
-            packed_seq_params: rows lie end to end; then query is ``[t, heads, dim]``, key and value ``[t, groups, dim]``, and there is no mask.
+            packed_seq_params: rows lie end to end; then the second dim of all three, b, is missing, and there is no mask.
                 Over context-parallel ranks all three are this rank's share of the sequence, without a mask, and rows do not lie end to end.
 
         Returns:
@@ -94,11 +94,12 @@ class SdpaAttention(MegatronModule):
         return torch.cat([self._suffix(part, key[:end], value[:end], None) for part, end in zip(query.chunk(2), ends)])
 
     def _suffix(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-        sq, batch, heads, _ = query.shape
-        sk, _, groups, _ = key.shape
+        sq, batch, sk, groups = *query.shape[:2], key.shape[0], key.shape[2]
         if attention_mask is None and sq == sk and causal_attention.usable(query, key, value, softcap=self.softcap, dropout_p=self._dropout):
             limits: dict[str, Any] = {"window": self.window, "chunk": self.chunk, "sinks": self.softmax_offset}
             return causal_attention.causal_attention(query, key, value, scale=self.scale, **limits).flatten(2)
+        query = query.flatten(2, -2)
+        heads = query.shape[2]
         q, k, v = (widen(t).permute(1, 2, 0, 3) for t in (query, key, value))
         # SDPA's own causal flag says all that there is to say of a plain square, and one query at the end sees everything
         plain = attention_mask is None and sk <= self._span(sk) and sq in (1, sk)
@@ -150,11 +151,34 @@ class RotatedAttention(Attention):
         self.rotation = style.rotation_of_layer[self.layer_number - 1]
         self.has_factor = style.factor_of_layer is None or style.factor_of_layer[self.layer_number - 1]
         self._packed: PackedRows | None = None
+        self._table: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
-        """As megatron's; what is said of packed rows is kept for the step in the middle, which is not told of it."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As megatron's; what is said of packed rows and of positions is kept for the steps in the middle, which are not told of it."""
         self._packed = packed_seq_params
-        return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
+        has_table = rotary_pos_emb is not None and self.rotation is not None and kwargs.get("inference_context") is None
+        self._table = rotary_pos_emb[self.rotation] if has_table else None
+        both = {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
+        return super().forward(hidden_states, attention_mask, *args, **both, **kwargs)
+
+    @property
+    def _early_table(self) -> Tensor | None:
+        """By which queries and keys come rotated out of `get_query_key_value_tensors`; None: they do not."""
+        return None
+
+    def _rotated(self, heads: Tensor, table: Tensor) -> Tensor:
+        """In place where `heads` are a result of their own, as a norm's are, and not a part of what a layer returned."""
+        if heads._is_view() or not heads.is_contiguous():
+            return rotate(heads, table, interleaved=self.style.interleaved)
+        return rotate_(heads, table, width=heads.shape[-1], interleaved=self.style.interleaved)
 
     def _adjust_key_value_for_inference(
         self,
@@ -168,8 +192,9 @@ class RotatedAttention(Attention):
     ) -> tuple[Any, ...]:
         start, padding = (0, None) if inference_context is None else (inference_context.sequence_len_offset, inference_context.left_padding)
         if rotary_pos_emb is not None and self.rotation is not None:
-            table = rotary_pos_emb[0][self.rotation, :, start : start + key.shape[0]]
-            query, key = (rotate(part, table, interleaved=self.style.interleaved) for part in (query, key))
+            if self._early_table is None:
+                table = rotary_pos_emb[0][self.rotation, :, start : start + key.shape[0]]
+                query, key = (self._rotated(part, table) for part in (query, key))
             if self.style.head_norm == "rotated":
                 eps = self.config.layernorm_epsilon
                 query, key = (F.rms_norm(part.float(), part.shape[-1:], eps=eps).to(part.dtype) for part in (query, key))
@@ -180,7 +205,7 @@ class RotatedAttention(Attention):
             positions = start + here if self._packed is None else self._packed.positions
             positions = positions[:, None]
             positions = positions if padding is None else (positions - padding).clamp(min=0)
-            query = query * self.style.query_factor(positions).to(query.dtype)[:, :, None, None]
+            query = query.flatten(2, -2) * self.style.query_factor(positions).to(query.dtype)[:, :, None, None]
         return super()._adjust_key_value_for_inference(inference_context, query, key, value, None, *args, **kwargs)
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -214,6 +239,28 @@ class DecoderAttention(RotatedAttention, SelfAttention):
             groups = self.num_query_groups_per_partition
             first = rank // copies * groups
             self.k_layernorm = HeadNorm(config, heads=config.num_query_groups, real_heads=real_groups, first=first, copies=copies, **common)
+
+    @property
+    def _early_table(self) -> Tensor | None:
+        """Where nothing stands between projection and rotation, no gate between queries and keys, and ranks do not share a group."""
+        plain = self.q_layernorm is None and self.k_layernorm is None and not self.config.attention_output_gate
+        return self._table if plain and self.config.num_query_groups >= self.world_size else None
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As megatron's; where it can be, queries and keys are rotated where the projection wrote them.
+
+        Returns:
+            Views of it then: ``[s, b, groups, heads of each, dim]`` and twice ``[s, b, groups, dim]``.
+        """
+        table = self._early_table
+        if table is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        each = mixed.shape[-1] // (groups * width)
+        rotate_(mixed, table[:, : mixed.shape[0]], width=width, each=each, turned=each - 1, interleaved=self.style.interleaved)
+        query, key, value = mixed.unflatten(-1, (groups, each, width)).split([each - 2, 1, 1], dim=3)
+        return query, key[:, :, :, 0], value[:, :, :, 0]
 
 
 def _window_of_layer(config: TransformerConfig, layer_number: int) -> int | None:

@@ -104,6 +104,28 @@ def test_any_shape(lengths: list[int], batch: int, groups: int, share: int, colu
         check(dtype, bounds, batch=batch, heads=groups * share, groups=groups, d=d, dv=dv, window=window, sinks=sinks)
 
 
+def test_heads_as_a_fused_projection_has_them(dtype: torch.dtype) -> None:
+    """Queries of a group lie beside its key and value: no copy, and the same values and gradients to the last bit."""
+    s, groups, each, d = 70, 3, 4, 16
+    fused = torch.randn(s, 2, groups, each + 2, d, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    pull = torch.randn(s, 2, groups * each, d, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = []
+    for reshape in (lambda q: q, lambda q: q.flatten(2, 3)):
+        query, key, value = fused[..., :each, :], fused[..., each, :], fused[..., each + 1, :]
+        out = causal_attention(reshape(query), key, value, sinks=torch.arange(12.0) / 4)
+        found.append((out, *torch.autograd.grad(out, fused, pull)))
+    assert found[0][0].shape == pull.shape
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    one = fused[:, 0].detach()
+    bounds = torch.tensor([0, 30, 70], dtype=torch.int32)
+    parts = (one[..., :each, :], one[..., each, :], one[..., each + 1, :])
+    rows = packed_attention(*parts, bounds)
+    choice.select("reference")
+    assert distance(rows, packed_attention(*parts, bounds).double()) < 2 * LIMITS[dtype]
+    with pytest.raises(RuntimeError, match="groups, heads of each"):
+        torch.ops.mswift.causal_attention(fused[..., :each, :], fused[:, :, :1, 0], fused[:, :, :1, 0], bounds, None, 1.0, 0, 0)
+
+
 @pytest.mark.parametrize("length", [70, 200])
 def test_no_worse_than_torch(length: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(length)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mswift.kernels import choice, cuda, cuda_operators, extension
-from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate
+from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate, rotate_
 from mswift.kernels.grouped_linear import grouped_linear, lora_grouped_linear
 from mswift.kernels.linear_log_probs import linear_log_probs
 from mswift.kernels.lora_linear import lora_linear
@@ -78,6 +78,11 @@ def test_norms_gates_and_rotations(emulated: Emulated, dtype: torch.dtype) -> No
     for interleaved, half in ((False, 8), (True, 3)):
         table = table_of(5, half)
         both(lambda q: rotate(q[..., 8:32], table, interleaved=interleaved), [fused], emulated, 2, LIMITS[dtype])  # noqa: B023
+        for turn in (
+            lambda q: rotate_(q.clone(), table, width=40, each=3, turned=2, interleaved=interleaved),  # noqa: B023
+            lambda q: rotate_(q.clone().transpose(0, 1)[:, :4], table[:, :2], width=20, interleaved=interleaved),  # noqa: B023
+        ):
+            both(turn, [fused], emulated, 2, LIMITS[dtype])
         both(lambda q: rotate(q.transpose(0, 1)[:, :, 1:], table[:, :2], interleaved=interleaved), [fused], emulated, 2, LIMITS[dtype])  # noqa: B023
 
 

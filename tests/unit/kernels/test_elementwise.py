@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mswift.kernels import choice, extension
-from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate
+from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate, rotate_
 
 pytestmark = [
     pytest.mark.usefixtures("auto_kernels"),
@@ -133,6 +134,85 @@ def test_rotation(tokens: int, heads: int, half: int, rest: int, bf16: bool, int
     check(lambda x: rotate(x, table, interleaved=interleaved), lambda x: rotation_by_definition(x, table, interleaved), [x])
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(1, 3)),
+    each=st.integers(1, 4),
+    skipped=st.integers(0, 2),
+    half=st.integers(1, 20),
+    rest=st.integers(0, 9),
+    bf16=st.booleans(),
+    interleaved=st.booleans(),
+)
+def test_rotation_in_place(shape: tuple[int, int, int], each: int, skipped: int, half: int, rest: int, bf16: bool, interleaved: bool) -> None:
+    """Some heads of each group of a fused projection, without a copy; the others are left as they are."""
+    (s, b, groups), width, turned = shape, 2 * half + rest, max(1, each - skipped)
+    x, table = draw(s, b, groups * each * width, dtype=torch.bfloat16 if bf16 else torch.float32), table_of(s, half)
+
+    def by_definition(x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (groups, each, width))
+        front = rotation_by_definition(heads[..., :turned, :].flatten(2, 3), table, interleaved).unflatten(2, (groups, turned))
+        return torch.cat((front, heads[..., turned:, :]), 3).flatten(2)
+
+    layout: dict[str, Any] = {"width": width, "each": each, "turned": turned, "interleaved": interleaved}
+    check(lambda x: rotate_(x.clone(), table, **layout), by_definition, [x])
+    before = x.clone().unflatten(-1, (groups, each, width))
+    assert rotate_(x, table, **layout) is x
+    after = x.unflatten(-1, (groups, each, width))
+    assert torch.equal(after[..., turned:, :], before[..., turned:, :])
+    apart = rotate(before[..., :turned, :].flatten(2, 3), table, interleaved=interleaved)
+    assert torch.equal(after[..., :turned, :].flatten(2, 3), apart)
+
+
+def test_a_gradient_is_turned_back_in_place_where_nobody_else_holds_it() -> None:
+    x, table, layout = draw(4, 2, 12).requires_grad_(), table_of(4, 3), {"width": 6, "interleaved": False}
+
+    def copies(out: Tensor) -> int:
+        with torch.profiler.profile() as run:
+            out.sum().backward()
+        return sum(event.name == "aten::clone" for event in run.events())
+
+    assert copies(rotate_(x * 2, table, **layout) * 3) == 0
+    alone = x.grad
+    x.grad = None
+    assert copies(rotate(x.unflatten(-1, (2, 6)) * 2, table, interleaved=False) * 3) == 0
+    assert alone is not None
+    assert x.grad is not None
+    assert distance(alone, x.grad.double()) < 1e-6
+    assert copies(rotate_(x * 2, table, **layout)) == 1  # of a sum: one value, in all places
+    pull = draw(4, 2, 12, seed=1)
+    for given_pull in (pull, pull[:, :1].expand(4, 2, 12)):
+        kept = given_pull.clone()
+        torch.autograd.grad(rotate_(x.clone(), table, **layout), x, given_pull)
+        assert torch.equal(given_pull, kept)
+    joined = torch.cat((rotate_(x.clone(), table, **layout), x))  # whose gradient is a part of what is pulled with
+    pull = draw(8, 2, 12, seed=2)
+    kept = pull.clone()
+    torch.autograd.grad(joined, x, pull)
+    assert torch.equal(pull, kept)
+    pull, push = draw(4, 2, 12, seed=3).requires_grad_(), draw(4, 2, 12, seed=4)
+    (back,) = torch.autograd.grad(rotate_(x.clone(), table, **layout), x, pull, create_graph=True)
+    (forth,) = torch.autograd.grad(back, pull, push)
+    assert torch.equal(forth, rotate_(push.clone(), table, **layout))
+
+
+def test_what_was_kept_of_the_old_values_is_missed() -> None:
+    x, table = draw(3, 1, 8).requires_grad_(), table_of(3, 4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rotate_(x.exp(), table, width=8, interleaved=True).sum().backward()
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        rotate_(x, table, width=8, interleaved=True)
+    fused = x * 2
+    front = fused[..., 4:]  # part of something: its neighbours' gradients are whole
+    rotate_(front, table[:, :, :1], width=4, interleaved=True)
+    assert torch.equal(fused[..., :4], 2 * x[..., :4])
+    pull = draw(3, 1, 8, seed=1)
+    (found,) = torch.autograd.grad(fused, x, pull)
+    assert torch.equal(found[..., :4], 2 * pull[..., :4])
+    back = table[:, :, :1] * torch.tensor([1.0, -1.0])[:, None, None]
+    assert distance(found[..., 4:], 2 * rotate_(pull[..., 4:].clone(), back, width=4, interleaved=True)) < 1e-6
+
+
 def test_views_extremes_and_nothing() -> None:
     fused = draw(6, 2, 3, 5, 16).requires_grad_()
     part, table = fused[..., 3, :], table_of(6, 8)
@@ -146,6 +226,11 @@ def test_views_extremes_and_nothing() -> None:
     empty = torch.zeros(0, 2, 4, requires_grad=True)
     assert torch.autograd.grad(gated_activation(rms_norm(empty, torch.ones(4), 1e-6)).sum(), empty)[0].shape == empty.shape
     assert rotate(torch.zeros(0, 1, 2, 16), torch.zeros(2, 0, 8), interleaved=False).shape == (0, 1, 2, 16)
+    assert rotate_(torch.zeros(0, 1, 32), torch.zeros(2, 0, 8), width=16, interleaved=False).shape == (0, 1, 32)
+    rows = draw(4, 6, 2, 8)
+    for x in (rows[:, ::2], rows.transpose(0, 1)[:4, 1:], rows[..., 1, :]):
+        wanted = rotate_(x.contiguous(), table[:, :4, :3], width=8, interleaved=True)
+        assert torch.equal(rotate_(x, table[:, :4, :3], width=8, interleaved=True), wanted)
 
 
 def test_instruction_sets_and_threads_agree() -> None:
@@ -170,6 +255,8 @@ def test_what_torch_checks_of_an_operator(dtype: torch.dtype) -> None:
         (ops.add_rms_norm.default, (x, x.detach().flip(0), weight, 1e-5, False)),
         (ops.gated_activation.default, (x, 1.0, 0.0, 7.0, 0.5)),
         (ops.rotate.default, (x, table_of(3, 3), False, False)),
+        (ops.rotate_.default, (x.clone(), table_of(3, 3), 8, 2, 1, False, False)),
+        (ops.rotate_.default, (x.detach(), table_of(3, 3), 8, 1, 1, True, True)),
     ]
     for operator, arguments in calls:
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
@@ -183,6 +270,11 @@ def test_arguments_are_named_in_errors() -> None:
         (lambda: torch.ops.mswift.gated_activation(x[..., :3], 1.0, 0.0, 1.0, 0.0), "gate and up side by side"),
         (lambda: torch.ops.mswift.gated_activation(x, 1.0, 0.0, -1.0, 0.0), "limit must be above 0"),
         (lambda: torch.ops.mswift.rotate(x, table_of(2, 4), False, False), "table must be"),
+        (lambda: torch.ops.mswift.rotate_(x, table_of(2, 4), 8, 1, 1, False, False), "table must be"),
+        (lambda: torch.ops.mswift.rotate_(x, table_of(3, 4), 8, 3, 1, False, False), "a multiple of 3 heads of 8 columns"),
+        (lambda: torch.ops.mswift.rotate_(x, table_of(3, 4), 8, 1, 2, False, False), "turned must be"),
+        (lambda: torch.ops.mswift.rotate_(x[..., ::2], table_of(3, 1), 4, 1, 1, False, False), "side by side"),
+        (lambda: torch.ops.mswift.rotate_(x[:, :, :1].expand(3, 1, 2, 8), table_of(3, 4), 8, 1, 1, False, False), "single memory location"),
         (lambda: torch.ops.mswift.rms_norm(x.double(), x[0, 0, 0], 1e-5, False), "float32 or bfloat16"),
     ):
         with pytest.raises(RuntimeError, match=message):
