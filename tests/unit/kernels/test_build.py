@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,22 @@ def test_nothing_is_compiled_for_the_machine_at_hand() -> None:
     flags = [flag for text in texts for flag in re.findall(r"-m(?:arch|tune|cpu|avx|fma|amx)[\w=.-]*", text)]
     assert flags == []
     assert len(texts) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [True, False])
+def test_a_wheel_has_the_kernels_with_and_without_build_isolation(tmp_path: Path, isolation: bool) -> None:
+    """Isolated, torch is not in the build environment: that of the environment to install into is built against."""
+    source = tmp_path / "source"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, files):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), *([] if isolation else ["--no-build-isolation"]), "."]
+    done = subprocess.run(command, cwd=source, env={**os.environ, "MSWIFT_CUDA": "0"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("mswift-*.whl")
+    assert wheel.name.endswith("linux_x86_64.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "mswift/kernels/lib/libmswift_cpu.so" in names
+    assert "mswift/kernels/lib/libmswift_cuda.so" not in names
