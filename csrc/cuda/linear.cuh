@@ -8,19 +8,31 @@ template <class B> struct Linear {
   B weight;        // of the first group
   Matrix low, up;  // the adapter, of the first group; rank 0: none
   Dropout mask;    // of the adapter's product
-  const bf16* bias;
+  const void* bias;
   const float *column_scale, *row_keep, *row_factor;
   const int64_t *offsets, *group_seeds;
+  const uint64_t *weight_table, *up_table, *bias_table;
   void* out;
   bf16* inner;
   int64_t rows, n, k, weight_stride, up_stride, bias_stride;
   int groups;
   float alpha;
-  bool wide_out, accumulate;
+  bool wide_out, accumulate, wide_bias;
 };
 
-__device__ __forceinline__ void move_on(Plain& operand, int64_t elements) { operand.m.p += elements; }
-__device__ __forceinline__ void move_on(Quantised& operand, int64_t elements) {
+// What a table says of a group, or what lies `stride` elements behind what the group before has
+template <class T> __device__ __forceinline__ const T* start_of(const T* first, const uint64_t* table, int64_t stride, int group) {
+  return table ? reinterpret_cast<const T*>(load(table + (FAULT(40) && group ? group - 1 : group))) : first + group * stride;
+}
+__device__ __forceinline__ float either(const void* values, int64_t at, bool fp32) {
+  return fp32 ? load(static_cast<const float*>(values) + at) : widen(load(static_cast<const bf16*>(values) + at));
+}
+__device__ __forceinline__ void move_on(Plain& operand, const uint64_t* table, int64_t stride, int group) {
+  operand.m.p = start_of(operand.m.p, table, stride, group);
+  operand.m.wide = operand.m.wide && reinterpret_cast<uint64_t>(operand.m.p) % 16 == 0;
+}
+__device__ __forceinline__ void move_on(Quantised& operand, const uint64_t*, int64_t stride, int group) {
+  const int64_t elements = group * stride;
   operand.codes += operand.block ? elements / 2 : elements;
   operand.scales += operand.block ? elements / operand.block : elements / operand.cols;
 }
@@ -57,7 +69,7 @@ template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::T
   if (l.low.cols) {
     Plain low{l.low}, up{l.up};
     low.m.rows = where.end;
-    up.m.p += where.group * l.up_stride;
+    move_on(up, l.up_table, l.up_stride, where.group);
     multiply<S, false, COLUMNS>(acc, stages, low, up, where.begin, n0, 0, l.low.cols);
     if (l.mask.threshold) {
       Dropout mask = l.mask;
@@ -75,9 +87,12 @@ template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::T
     x.m.rows = where.end;
     of_group(x.dropout, l.group_seeds, where.group, where.first);
     B weight = l.weight;
-    move_on(weight, where.group * l.weight_stride);
+    move_on(weight, l.weight_table, l.weight_stride, where.group);
     multiply<S, false, COLUMNS>(acc, stages, x, weight, where.begin, n0, 0, l.k);
   }
+  const int bias_bytes = l.wide_bias ? sizeof(float) : sizeof(bf16);
+  const bool biased = l.bias || l.bias_table;
+  const char* bias = biased ? start_of(static_cast<const char*>(l.bias), l.bias_table, l.bias_stride * bias_bytes, where.group) : nullptr;
 #pragma unroll
   for (int i = 0; i < S::MF; i++)
 #pragma unroll
@@ -93,7 +108,7 @@ template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::T
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           if (column + e < l.n && l.column_scale) value[e] *= load(l.column_scale + column + e);
-          if (column + e < l.n && l.bias) value[e] += widen(load(l.bias + where.group * l.bias_stride + column + e));
+          if (column + e < l.n && bias) value[e] += either(bias, column + e, l.wide_bias);
           float* out = static_cast<float*>(l.out) + row * l.n + column + e;
           if (l.wide_out && column + e < l.n) store(out, factor * value[e] + (l.accumulate ? keep * load_again(out) : 0.0f));
         }
@@ -103,18 +118,21 @@ template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::T
 }
 
 template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_args& a, const B& weight, void* stream) {
-  const int64_t rank = a.low ? a.rank : 0, k = a.weight ? a.k : 0, groups = a.offsets ? a.groups : 1;
+  const int64_t rank = a.low ? a.rank : 0, k = a.weight || a.weight_table ? a.k : 0, groups = a.offsets ? a.groups : 1;
   Linear<B> l{Changed{matrix(a.x, a.rows, k, a.x_stride), dropout(a.x_dropout), a.x_column_scale},
                     weight,
                     matrix(a.low, a.rows, rank, rank),
                     COLUMNS ? matrix(a.up, rank, a.n, a.n) : matrix(a.up, a.n, rank, rank),
                     dropout(a.adapter_dropout),
-                    static_cast<const bf16*>(a.bias),
+                    a.bias,
                     a.column_scale,
                     a.row_keep,
                     a.row_factor,
                     a.offsets,
                     a.offsets ? a.group_seeds : nullptr,
+                    a.weight_table,
+                    a.up_table,
+                    a.bias_table,
                     a.out,
                     static_cast<bf16*>(a.inner),
                     a.rows,
@@ -126,8 +144,8 @@ template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_arg
                     static_cast<int>(groups),
                     a.alpha,
                     a.accumulate != 0,
-                    a.accumulate == 1};
-  l.up.wide = l.up.wide && a.up_stride % 8 == 0;
+                    a.accumulate == 1,
+                    a.bias_dtype == 0};
   // An upper bound of the tiles: every group may end within one. Blocks without a tile leave at once.
   const int64_t tiles = (a.rows + S::BM - 1) / S::BM + (a.offsets ? groups : 0), across = (a.n + S::BN - 1) / S::BN;
   if (a.rows == 0 || a.n == 0) return 0;

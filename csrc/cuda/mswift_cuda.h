@@ -62,10 +62,12 @@ int mswift_column_sum(int dtype, const void* a, const void* b, float* partial, f
  *   base = x weight^T, or x weight if `columns`;  adapter = low up^T, or low up if `columns` (low: [rows, rank]);  mask = 1 without dropout.
  *   weight [n, k] ([k, n] if columns); up [n, rank] ([rank, n] if columns). weight, low, bias, column_scale may be NULL.
  * Rows are those of `groups` groups one after another: offsets int64 [groups + 1] on the device, NULL for one group; the weight of group g
- * starts g * weight_stride elements behind the first, up likewise (a stride of 0 shares it).
+ * starts g * weight_stride elements behind the first, up and bias likewise (a stride of 0 shares it). Those that lie apart in memory:
+ * weight_table, up_table, bias_table [groups] on the device, where each group's starts (bf16 only), in the place of the pointer.
  * weight_kind 0: bf16. 1: int8 with weight_scales fp32, one a row. 2: nf4, two codes a byte, weight_scales one for weight_block elements;
  *   quantised weights are [n, k] ([k, n] if columns) with k (n) a multiple of 8, and group strides count elements too.
  * group_seeds: int64 [groups], a dropout seed for each group, whose mask then counts rows from the group's first; NULL: the masks' own seeds.
+ * bias_dtype: 0 fp32, 1 bf16.
  * inner (NULL: not wanted), bf16: alpha (base + mask adapter), without column_scale and bias.
  * x_dropout, x_column_scale [k]: done to x while it is read.   thin: the tile for n of at most 64.
  * accumulate 0: out is bf16. 1: out is fp32 and out = row_keep[i] out + row_factor[i] (...) (NULL: ones). 2: out is fp32, out = row_factor[i] (...). */
@@ -73,11 +75,12 @@ typedef struct {
   const void *x, *weight, *low, *up, *bias;
   const float *weight_scales, *column_scale, *x_column_scale, *row_keep, *row_factor;
   const int64_t *offsets, *group_seeds;
+  const uint64_t *weight_table, *up_table, *bias_table;
   void *out, *inner;
   int64_t rows, n, k, rank, x_stride, weight_stride, up_stride, bias_stride, groups;
   mswift_dropout x_dropout, adapter_dropout;
   float alpha;
-  int weight_kind, weight_block, columns, thin, accumulate;
+  int weight_kind, weight_block, bias_dtype, columns, thin, accumulate;
 } mswift_linear_args;
 int mswift_linear(const mswift_linear_args* args, void* stream);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,38 +10,58 @@ from torch import Tensor
 
 from mswift.kernels import cuda_abi as abi
 from mswift.kernels import cuda_linear
-from mswift.kernels.cuda import Library, pointer
+from mswift.kernels.cuda import Library, dtype_of, pointer
 
 _THIN = 64
 """Outputs up to so many columns take the narrow tile."""
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """``[groups, ...]``: as they lie where they are parts of one tensor at equal distances, else a copy."""
-    first = tensors[0]
-    if all(tensor.is_contiguous() and tensor.shape == first.shape for tensor in tensors):
-        places = [tensor.storage_offset() for tensor in tensors]
-        one = all(tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for tensor in tensors)
-        if one and places == [places[0] + number * first.numel() for number in range(len(tensors))]:
-            return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
-    return torch.stack(list(tensors))
+@functools.lru_cache(maxsize=4096)
+def _table(device: torch.device, *places: int) -> Tensor:
+    """Where the tensors of all groups start, on the device; made once for as long as they stay where they are."""
+    return torch.tensor(places, device=device)
+
+
+def _places(name: str, tensors: Sequence[Tensor], shape: Sequence[int], groups: int, *dtypes: torch.dtype) -> Tensor:
+    """The table for `mswift_linear` of dense tensors of one shape and dtype, one for each group; nothing of them is copied."""
+    wanted = torch.Size(shape)
+    if len(tensors) != groups:
+        raise RuntimeError(f"{name}: got {len(tensors)}, wanted one for each of {groups} groups")
+    for group, tensor in enumerate(tensors):
+        if tensor.shape != wanted or tensor.dtype not in dtypes or tensor.dtype != tensors[0].dtype:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise RuntimeError(f"{name}: got {list(tensor.shape)} {tensor.dtype} for group {group}, wanted {names} {list(shape)}, one dtype for all")
+    return _table(tensors[0].device, *[tensor.data_ptr() for tensor in tensors])
+
+
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As they lie, but for those with gaps."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _offsets(counts: Tensor, rows: int) -> Tensor:
+    """Where the rows of each group start, and where the last ones end. On a device wrong numbers fail like an index beyond its limit: later."""
     if counts.dtype != torch.int64 or counts.dim() != 1:
         raise RuntimeError(f"counts: got {counts.dtype} {list(counts.shape)}, wanted int64 [groups]")
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0))).clamp_(max=rows)
+    ends = counts.cumsum(0)
+    torch._assert_async((counts >= 0).all() & (ends[-1:] == rows).all(), f"counts: wanted numbers from 0 on that add up to the rows, {rows}")
+    return torch.nn.functional.pad(ends, (1, 0))
 
 
-def _mask(seeds: Tensor | None, threshold: int, first_column: int, full_width: int) -> cuda_linear.Mask | None:
+def _mask(seeds: Tensor | None, threshold: int, first_column: int, full_width: int, groups: int) -> cuda_linear.Mask | None:
     if seeds is None or threshold == 0:
         return None
-    return cuda_linear.Mask(threshold, 0, 0, first_column, full_width, seeds.contiguous(), scaled=False)
+    if seeds.shape != (groups,) or seeds.dtype != torch.int64:
+        raise RuntimeError(f"seeds: got {list(seeds.shape)} {seeds.dtype}, wanted int64 [{groups}]")
+    mask = cuda_linear.Mask.of([threshold, 0, 0, first_column, full_width])
+    return None if mask is None else mask._replace(seeds=seeds.contiguous(), scaled=False)
 
 
-def _check(name: str, x: Tensor, *tensors: Tensor) -> None:
-    if x.dim() != 2 or any(tensor.dtype != torch.bfloat16 for tensor in (x, *tensors)):
-        raise RuntimeError(f"{name}: got {x.dtype} {list(x.shape)}, wanted bfloat16 [rows, columns] and factors of bfloat16")
+def _rows(name: str, x: Tensor, rows: int | None, columns: int | None) -> Tensor:
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or rows not in (None, len(x)) or columns not in (None, x.shape[1]):
+        wanted = [size if size is not None else word for size, word in ((rows, "rows"), (columns, "columns"))]
+        raise RuntimeError(f"{name}: got {list(x.shape)} {x.dtype}, wanted bfloat16 [{wanted[0]}, {wanted[1]}]")
+    return x.contiguous()
 
 
 def product(
@@ -58,20 +79,23 @@ def product(
     first_column: int,
     full_width: int,
 ) -> Tensor:
-    _check("grouped_product", x, *weights, *up)
-    weight, mask = side_by_side(weights), _mask(seeds, threshold, first_column, full_width)
-    into, width = (weight.shape[1], weight.shape[2]) if columns else (weight.shape[2], weight.shape[1])
-    if x.shape[1] != into or len(counts) != len(weight):
-        raise RuntimeError(f"x: got {list(x.shape)} and {len(counts)} counts, wanted [rows, {into}] and {len(weight)}")
-    x, offsets, out = x.contiguous(), _offsets(counts, len(x)), x.new_empty(len(x), width)
-    kept = {"x": x, "offsets": offsets, "out": out, "weight": weight}
-    sizes = {"rows": len(x), "k": into, "x_stride": into, "n": width, "groups": len(weight), "weight_stride": into * width}
+    groups = len(weights)
+    if not groups or len(counts) != groups or weights[0].dim() != 2:
+        raise RuntimeError(f"weights: got {groups} for {len(counts)} counts, wanted a matrix for each group")
+    weights, biases, up = _dense(weights), _dense(biases), _dense(up)
+    width, into = weights[0].shape[::-1] if columns else weights[0].shape
+    x, mask = _rows("x", x, None, into), _mask(seeds, threshold, first_column, full_width, groups)
+    offsets, out = _offsets(counts, len(x)), x.new_empty(len(x), width)
+    kept = {"x": x, "offsets": offsets, "out": out, "weight_table": _places("weights", weights, weights[0].shape, groups, x.dtype)}
+    sizes = {"rows": len(x), "k": into, "x_stride": into, "n": width, "groups": groups}
     if low is not None:
-        ups = side_by_side(up)
-        kept |= {"low": low.contiguous(), "up": ups}
-        sizes |= {"rank": low.shape[1], "up_stride": ups.shape[1] * ups.shape[2]}
+        low = _rows("low", low, len(x), None)
+        rank = low.shape[1]
+        kept |= {"low": low, "up_table": _places("up", up, (rank, width) if columns else (width, rank), groups, x.dtype)}
+        sizes["rank"] = rank
     if biases:
-        kept["bias"], sizes["bias_stride"] = side_by_side(biases).to(x.dtype), width
+        kept["bias_table"] = _places("biases", biases, (width,), groups, x.dtype, torch.float32)
+        sizes["bias_dtype"] = dtype_of(biases[0])
     drawn = {} if mask is None else {"x_dropout" if low is None else "adapter_dropout": mask.argument(), "group_seeds": pointer(mask.seeds)}
     fields = {name: pointer(tensor) for name, tensor in kept.items()}
     library.call("mswift_linear", x, abi.Linear(**fields, **sizes, **drawn, alpha=alpha, columns=int(columns), thin=int(width <= _THIN)))
@@ -79,6 +103,5 @@ def product(
 
 
 def outer(library: Library, a: Tensor, b: Tensor, counts: Tensor, seeds: Tensor | None, threshold: int, first_column: int, full_width: int) -> Tensor:
-    _check("grouped_outer", a, b)
-    a, b = a.contiguous(), b.contiguous()
-    return cuda_linear.outer(library, a, b, a.dtype, mask=_mask(seeds, threshold, first_column, full_width), offsets=_offsets(counts, len(a)))
+    a, mask = _rows("a", a, None, None), _mask(seeds, threshold, first_column, full_width, len(counts))
+    return cuda_linear.outer(library, a, _rows("b", b, len(a), None), a.dtype, mask=mask, offsets=_offsets(counts, len(a)))

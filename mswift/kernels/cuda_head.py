@@ -23,10 +23,16 @@ def _head(
     return abi.Head(**pointers, **sizes, scale=scale, softcap=cap, without_label=without_label)
 
 
-def _dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     if not hidden.dtype == weight.dtype == torch.bfloat16 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         got = f"hidden {list(hidden.shape)} {hidden.dtype}, weight {list(weight.shape)} {weight.dtype}, labels {list(labels.shape)}"
         raise RuntimeError(f"linear_softmax: wanted bfloat16 hidden [tokens, n], weight [rows, n] and labels [tokens], got {got}")
+    if labels.dtype != torch.int64:
+        raise RuntimeError(f"labels: got {labels.dtype}, wanted int64")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"bias: got {list(bias.shape)}, wanted [{len(weight)}]")
+    if not 0 <= valid <= len(weight):
+        raise RuntimeError(f"valid: got {valid}, wanted 0 to {len(weight)}, the rows of the weight")
     return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.to(torch.bfloat16).contiguous(), labels.contiguous()
 
 
@@ -34,11 +40,13 @@ def linear_softmax(
     library: Library, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int, scale: float, cap: float, gradient: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics fp32 ``[4, tokens]`` over all valid rows but the label's, and the rows averaged under them: see `linear_softmax.Statistics`."""
-    hidden, weight, bias, labels = _dense(hidden, weight, bias, labels)
+    hidden, weight, bias, labels = _dense(hidden, weight, bias, labels, valid)
     tokens, width = hidden.shape
     head = _head(hidden, weight, bias, labels, valid, scale, cap, without_label=1)
     stats = hidden.new_empty(5, tokens, dtype=torch.float32)
     mean, mean2 = (hidden.new_empty(tokens if gradient >= level else 0, width, dtype=torch.float32) for level in (1, 2))
+    if not scale:  # all logits are equal: no distance from their maximum
+        mean2.zero_()
     splits = max(1, min(64, 432 // max(1, (tokens + abi.CHUNK - 1) // abi.CHUNK), (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK))
     partial = hidden.new_empty(splits, 5, tokens, dtype=torch.float32)
     chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
@@ -49,7 +57,7 @@ def linear_softmax(
         flags = hidden.new_empty((tokens + abi.CHUNK - 1) // abi.CHUNK, dtype=torch.int32)
         scratch = hidden.new_empty(tokens, chunk)
         library.call("mswift_head_sweep", hidden, head, stats, reference, mean, scratch, chunk, partial, splits, factors, flags)
-        if gradient == 2:
+        if gradient == 2 and scale:
             distance = torch.zeros_like(stats[:4])
             distance[2] = 1.0 / scale
             library.call("mswift_head_gradient", hidden, head, reference, distance, scratch, chunk, mean2, None, 0, 0, None, None)
@@ -67,7 +75,7 @@ def _sweep_on_chip(library: Library, head: abi.Head, hidden: Tensor, stats: Tens
     partial = hidden.new_empty(splits, 5, tokens, dtype=torch.float32) if splits > 1 else None
     parts = hidden.new_empty(splits, tokens, width, dtype=torch.float32) if splits > 1 else None
     library.call("mswift_head_sweep_on_chip", hidden, head, stats, mean, partial, parts, splits)
-    if len(mean2):
+    if len(mean2) and scale:
         reference, distance = stats[0].clamp_min(_LOWEST), torch.zeros_like(stats[:4])
         distance[2] = 1.0 / scale
         library.call("mswift_head_gradient_on_chip", hidden, head, reference, distance, mean2, parts, splits, None, 0, 0, None)
@@ -77,7 +85,9 @@ def linear_softmax_grad_weight(
     library: Library, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor, valid: int, scale: float, cap: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias for the gradient p (a - b z) + g [row is the label] of a logit z; `factors`: log-sum-exp, a, b, g."""
-    hidden, weight, bias, labels = _dense(hidden, weight, bias, labels)
+    hidden, weight, bias, labels = _dense(hidden, weight, bias, labels, valid)
+    if factors.shape != (4, len(hidden)) or factors.dtype != torch.float32:
+        raise RuntimeError(f"factors: got {list(factors.shape)} {factors.dtype}, wanted float32 [4, {len(hidden)}]")
     lse, a, b, g = factors
     coefficients = torch.stack((g, a - b * lse, -b, torch.zeros_like(g)))
     grad_weight = torch.empty_like(weight)

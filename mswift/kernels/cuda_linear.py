@@ -116,7 +116,8 @@ def lora_forward(
     width = weight.shape[-2] if quantised is None else quantised.shape[0]
     out = x.new_empty(len(x), width)
     fields = _rows(x, offsets) | _weight(weight, quantised) | _adapter(low, lora_b)
-    fields |= {"bias": pointer(bias), "bias_stride": width if bias is not None and bias.dim() == 2 else 0}
+    if bias is not None:
+        fields |= {"bias": pointer(bias), "bias_dtype": dtype_of(bias), "bias_stride": width if bias.dim() == 2 else 0}
     fields |= {"column_scale": pointer(column_scale), "out": pointer(out), "inner": pointer(inner), "n": width}
     library.call("mswift_linear", x, abi.Linear(**fields))
     return out

@@ -124,6 +124,11 @@ def add_norm(library: Library, x: Tensor, residual: Tensor, weight: Tensor, eps:
 
 def norm_backward(library: Library, grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool) -> Tensor:
     _check_norm(x, weight)
+    for name, tensor in (("grad", grad), ("grad_sum", grad_sum)):
+        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype):
+            raise RuntimeError(f"{name}: got {list(tensor.shape)} {tensor.dtype}, wanted as x, {list(x.shape)} {x.dtype}")
+    if rstd.shape != x.shape[:-1] or rstd.dtype != torch.float32:
+        raise RuntimeError(f"rstd: got {list(rstd.shape)} {rstd.dtype}, wanted float32 {list(x.shape[:-1])}")
     rows, width = _rows(x), x.shape[-1]
     grad_x = torch.empty_like(rows)
     more = None if grad_sum is None else _rows(grad_sum)
@@ -146,6 +151,8 @@ def gated_activation(library: Library, x: Tensor, slope: float, cubic: float, li
 
 def gated_activation_backward(library: Library, grad: Tensor, x: Tensor, slope: float, cubic: float, limit: float, offset: float) -> Tensor:
     _check_gate(x, limit)
+    if grad.shape != (*x.shape[:-1], x.shape[-1] // 2) or grad.dtype != x.dtype:
+        raise RuntimeError(f"grad: got {list(grad.shape)} {grad.dtype}, wanted {x.dtype} {[*x.shape[:-1], x.shape[-1] // 2]}")
     return gated_backward(library, _rows(grad), _rows(x), abi.SIGMOID, (slope, cubic, limit, offset)).view(x.shape)
 
 
@@ -184,14 +191,33 @@ def rotate_in_place(library: Library, x: Tensor, table: Tensor, width: int, each
         x.copy_(whole)
 
 
+def _check_index(x: Tensor, index: Tensor, dims: int) -> None:
+    """What a number beyond the rows does shows later on a device, as with torch's own indices."""
+    if x.dim() != 2 or index.dim() != dims or index.dtype != torch.int64:
+        raise RuntimeError(f"index: got {list(index.shape)} {index.dtype} for {list(x.shape)}, wanted int64 of {dims} dimensions for [rows, columns]")
+    torch._assert_async((index < len(x)).all(), f"index: wanted numbers below the rows, {len(x)}")
+
+
+def _factors(index: Tensor, weights: Tensor | None) -> Tensor | None:
+    if weights is None:
+        return None
+    if weights.shape != index.shape or not weights.is_floating_point():
+        raise RuntimeError(f"weights: got {list(weights.shape)} {weights.dtype}, wanted as many as places, {list(index.shape)}")
+    return weights.float().contiguous()
+
+
 def gather(library: Library, x: Tensor, index: Tensor) -> Tensor:
+    _check_index(x, index, 1)
     return gather_rows(library, x.contiguous(), index.contiguous())
 
 
 def combine(library: Library, x: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
-    return combine_rows(library, x.contiguous(), index.contiguous(), None if weights is None else weights.float().contiguous())
+    _check_index(x, index, 2)
+    return combine_rows(library, x.contiguous(), index.contiguous(), _factors(index, weights))
 
 
 def combine_backward(library: Library, grad: Tensor, x: Tensor, index: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    factors = None if weights is None else weights.float().contiguous()
-    return combine_rows_backward(library, grad.contiguous(), x.contiguous(), index.contiguous(), factors)
+    _check_index(x, index, 2)
+    if grad.shape != (len(index), x.shape[1]) or grad.dtype != x.dtype:
+        raise RuntimeError(f"grad: got {list(grad.shape)} {grad.dtype}, wanted {x.dtype} [{len(index)}, {x.shape[1]}]")
+    return combine_rows_backward(library, grad.contiguous(), x.contiguous(), index.contiguous(), _factors(index, weights))

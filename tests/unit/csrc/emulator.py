@@ -130,7 +130,8 @@ def given(**fields: Any) -> dict[str, Any]:
 
 
 def linear(**fields: Any) -> Structure:
-    return Structure(abi.Linear, **{"alpha": 1.0, "groups": 1, **fields})
+    bias = fields.get("bias")
+    return Structure(abi.Linear, **{"alpha": 1.0, "groups": 1, "bias_dtype": int(bias is None or bias.dtype == np.uint16), **fields})
 
 
 def outer(**fields: Any) -> Structure:

@@ -120,6 +120,7 @@ def grouped(emulator: Emulator, random: np.random.Generator) -> None:
             want[part] = wide(x)[part] @ wide(weight)[0 if shared else g].T + wide(low)[part] @ wide(up)[g].T
         close(out, want, 1e-6)
     masks_of_groups(emulator, x, weight, low, up, dy, offsets)
+    groups_apart(emulator, x, weight, low, up, offsets)
     for splits in (1, 2):
         grads, partial = unwritten(groups, n, k), unwritten(splits, groups, n, k)
         fields = given(
@@ -128,6 +129,42 @@ def grouped(emulator: Emulator, random: np.random.Generator) -> None:
         emulator.call("mswift_outer", outer(**fields), out=(grads, partial))
         parts = [slice(offsets[g], offsets[g + 1]) for g in range(groups)]
         close(grads, np.stack([wide(dy)[part].T @ wide(x)[part] for part in parts]), 1e-6)
+
+
+def apart(matrices: np.ndarray, *, shift: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Copies that lie apart, the second one `shift` elements from where it would be aligned; and the table of where they start."""
+    copies = []
+    for number, matrix in enumerate(matrices):
+        room = unwritten(matrix.size + 16, dtype=matrix.dtype)
+        first = -room.__array_interface__["data"][0] % 16 // matrix.itemsize + (shift if number == 1 else 0)
+        copies.append(room[first : first + matrix.size])
+        copies[-1][:] = matrix.reshape(-1)
+    return np.array([copy.__array_interface__["data"][0] for copy in copies], dtype=np.uint64), copies
+
+
+def groups_apart(emulator: Emulator, x: np.ndarray, weight: np.ndarray, low: np.ndarray, up: np.ndarray, offsets: np.ndarray) -> None:
+    """Weights, adapters and biases of groups at places of their own, aligned for 16-byte accesses or not."""
+    (rows, k), (groups, n, rank) = x.shape, up.shape
+    bias = rounded(np.linspace(-1, 1, groups * n).reshape(groups, n))
+    for shift in (0, 1):
+        (weights, some_weights), (ups, some_ups), (biases, some_biases) = (apart(part, shift=shift) for part in (weight, up, bias))
+        out = unwritten(rows, n, dtype=np.uint16)
+        fields = given(x=x, weight_table=weights, low=low, up_table=ups, bias_table=biases, offsets=offsets, out=out, rows=rows, n=n, k=k, rank=rank)
+        structure = linear(**fields, x_stride=k, groups=groups)
+        structure.arrays += [*some_weights, *some_ups, *some_biases]
+        emulator.call("mswift_linear", structure, out=(out,))
+        want = np.zeros((rows, n))
+        for g in range(groups):
+            part = slice(offsets[g], offsets[g + 1])
+            want[part] = wide(x)[part] @ wide(weight)[g].T + wide(low)[part] @ wide(up)[g].T + wide(bias)[g]
+        close(out, want, 1e-6)
+    out = unwritten(rows, n, dtype=np.uint16)
+    of_all = np.linspace(-1, 1, n).astype(np.float32)
+    structure = linear(**{**fields, "bias_table": None, "out": out}, bias=of_all, x_stride=k, groups=groups)  # fp32, one for all groups
+    structure.arrays += [*some_weights, *some_ups]
+    emulator.call("mswift_linear", structure, out=(out,))
+    of_groups = np.concatenate([np.tile(wide(bias)[g], (offsets[g + 1] - offsets[g], 1)) for g in range(groups)])
+    close(out, want - of_groups + wide(of_all), 1e-6)
 
 
 def masks_of_groups(

@@ -48,6 +48,7 @@ FAULTS = {
     29: ("probabilities on chip read before they are there", "gradient_on_chip", "race|nobody has written"),
     30: ("parts on chip joined without regard for their maxima", "sweep_on_chip", "assert"),
     25: ("rows of a group's mask counted from the first of all", "grouped", "off by"),
+    40: ("weights of a group by the place of the one before", "grouped", "off by"),
     26: ("the same in the gradient of a weight", "grouped", "off by"),
     24: ("tiles stored without the swizzle that they are read with", "plain_linear", "off by"),
 }

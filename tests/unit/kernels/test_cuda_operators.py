@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, cuda, cuda_operators, extension
+from mswift.kernels import choice, cuda, cuda_grouped, cuda_operators, extension
 from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate, rotate_
 from mswift.kernels.grouped_linear import grouped_linear, lora_grouped_linear
 from mswift.kernels.linear_log_probs import linear_log_probs
@@ -245,6 +246,129 @@ def test_what_kernels_do_not_take_is_refused_by_name(emulated: Emulated) -> None
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+def test_operands_that_a_kernel_would_read_beyond_are_refused_by_name(emulated: Emulated) -> None:
+    """Shapes, dtypes and ranges of everything that becomes a pointer; no kernel starts."""
+    ops, x, weight, a, b = torch.ops.mswift, *(draw(*shape, dtype=BF16) for shape in ((5, 16), (24, 16), (4, 16), (24, 4)))
+    grad, low, labels, none = draw(5, 24, dtype=BF16), draw(5, 4, dtype=BF16), torch.zeros(5, dtype=torch.int64), [0] * 5
+    nf4, counts, ups = quantise_nf4(weight), torch.tensor([2, 3]), [b, b]
+    codes, scales, places = nf4.codes, nf4.magnitudes, torch.tensor([[0, 99]])
+
+    def layer(bias: Tensor | None = None, factor: Tensor | None = None, x: Tensor = x) -> None:
+        ops.lora_linear(x, weight, bias, a, b, factor, None, 1, 1.0, none)
+
+    def head(labels: Tensor = labels, bias: Tensor | None = None, valid: int = 24) -> None:
+        ops.linear_softmax(x, weight, bias, labels, valid, 1.0, 0.0, 0)
+
+    def quantised(codes: Tensor = codes, scales: Tensor = scales, **rest: Tensor) -> None:
+        parts = {"bias": None, "low": None, "up": None, **rest}
+        ops.quantised_product(x, codes, scales, 24, 16, 64, *parts.values(), False, none)
+
+    def grouped(
+        weights: list[Tensor], counts: Tensor = counts, biases: tuple[Tensor, ...] = (), low: Tensor | None = None, up: Any = (), **mask: Any
+    ) -> None:
+        drawn = (mask.get("seeds"), mask.get("threshold", 0), 0, 16)
+        ops.grouped_product(x, weights, counts, list(biases), low, list(up), False, 1.0, *drawn)
+
+    two = [weight, weight + 1]
+    before = emulated.launches()
+    for call, message in (
+        (lambda: layer(grad[0, :3]), r"bias: got \[3\]"),
+        (lambda: layer(torch.zeros(24, dtype=torch.float64)), "bias: got .*float64"),
+        (lambda: layer(factor=torch.ones(3)), r"factor: got \[3\]"),
+        (lambda: layer(factor=torch.ones(24, dtype=BF16)), "factor: got .*bfloat16"),
+        (lambda: ops.lora_linear_grad_input(grad, weight, a, b, torch.ones(3), None, 1, 1.0, none, True), "factor: got"),
+        (lambda: ops.lora_linear_grad_factors(grad, x[:4], low, low, None, x, none), "x: got"),
+        (lambda: ops.lora_linear_grad_factors(grad, x, low, low.float(), None, x, none), "grad_low: got"),
+        (lambda: ops.lora_linear_grad_factors(grad, x, low, low, torch.ones(24), grad[:3], none), "inner: got"),
+        (lambda: head(bias=grad[0, :3]), "bias: got"),
+        (lambda: head(valid=99), "valid: got 99"),
+        (lambda: head(labels.int()), "labels: got torch.int32"),
+        (lambda: ops.linear_softmax_grad_weight(x, weight, None, labels, torch.zeros(3, 5), 24, 1.0, 0.0), "factors: got"),
+        (lambda: quantised(scales=scales[:1]), "scales: got"),
+        (lambda: quantised(scales=scales.double()), "scales: got"),
+        (lambda: quantised(codes.long()), "codes: got"),
+        (lambda: quantised(bias=grad[0, :3]), "bias: got"),
+        (lambda: quantised(low=low), "up: wanted"),
+        (lambda: quantised(low=low, up=a), "up: got"),
+        (lambda: quantised(low=low[:2], up=b), "low: got"),
+        (lambda: grouped(two, torch.tensor([2, 2])), "counts: wanted numbers"),
+        (lambda: grouped(two, torch.tensor([6, -1])), "counts: wanted numbers"),
+        (lambda: grouped(two, counts.int()), "counts: got"),
+        (lambda: grouped(two, counts[:1]), "weights: got 2 for 1 counts"),
+        (lambda: grouped([weight, weight[:8]]), r"weights: got \[8, 16\] .* for group 1"),
+        (lambda: grouped([weight, weight.float()]), "weights: got .*float32 for group 1"),
+        (lambda: grouped(two, biases=(grad[0],)), "biases: got 1"),
+        (lambda: grouped(two, biases=(grad[0], grad[0].float())), "biases: got .* for group 1"),
+        (lambda: grouped(two, low=low, up=[b]), "up: got 1"),
+        (lambda: grouped(two, low=low, up=[b, a]), "up: got"),
+        (lambda: grouped(two, low=low[:3], up=ups), "low: got"),
+        (lambda: grouped(two, seeds=torch.zeros(1, dtype=torch.int64), threshold=9), "seeds: got"),
+        (lambda: ops.grouped_outer(grad, x[:4], counts, None, 0, 0, 16), "b: got"),
+        (lambda: ops.gather_rows(x, places[0]), "index: wanted numbers below the rows, 5"),
+        (lambda: ops.gather_rows(x, places), "index: got"),
+        (lambda: ops.combine_rows(x, places, None), "index: wanted"),
+        (lambda: ops.combine_rows(x, places.clamp(max=3), torch.ones(1, 3)), "weights: got"),
+        (lambda: ops.combine_rows_backward(x[:3], x, places.clamp(max=3), None), "grad: got"),
+        (lambda: ops.rms_norm_backward(x, None, x, x[0], torch.ones(4), False), "rstd: got"),
+        (lambda: ops.rms_norm_backward(x[:2], None, x, x[0], torch.ones(5), False), "grad: got"),
+        (lambda: ops.gated_activation_backward(x, x, 1.0, 0.0, 1.0, 0.0), "grad: got"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    assert emulated.launches() == before
+
+
+def test_a_bias_in_fp32_stays_so(emulated: Emulated) -> None:
+    """As on a CPU: a bias that bf16 cannot tell from its neighbour is told apart in the fp32 sums of the kernels."""
+    ops, x, weight = torch.ops.mswift, torch.zeros(3, 16, dtype=BF16), torch.zeros(24, 16, dtype=BF16)
+    bias = torch.full((24,), 1 + 2.0**-8 + 2.0**-16)  # just above the middle of two numbers of bf16; rounded first, it would be 1
+    wanted = torch.full((3, 24), 1 + 2.0**-7)
+    a, b = torch.zeros(2, 16, dtype=BF16), torch.zeros(24, 2, dtype=BF16)
+    factor = torch.full((24,), 3.0)
+    assert torch.equal(ops.lora_linear(x, weight, bias, a, b, factor, None, 1, 1.0, [0] * 5)[0].float(), wanted)
+    codes = quantise_int8(weight)
+    assert torch.equal(ops.quantised_product(x, codes.codes, codes.magnitudes, 24, 16, 0, bias, None, None, False, [0] * 5).float(), wanted)
+    grouped = ops.grouped_product(x, [weight, weight], torch.tensor([1, 2]), [bias, 2 * bias], None, [], False, 1.0, None, 0, 0, 16)
+    assert torch.equal(grouped.float(), wanted * torch.tensor([1.0, 2.0, 2.0])[:, None])
+
+
+def test_a_head_whose_logits_are_scaled_to_nothing(emulated: Emulated) -> None:
+    hidden, weight, labels = draw(4, 32, dtype=BF16).requires_grad_(), draw(50, 32, seed=1, dtype=BF16), torch.tensor([0, 7, 49, 3])
+    scores = linear_log_probs(hidden, weight, labels, logit_scale=0.0, entropy_grad=True)
+    assert torch.allclose(scores.entropy, torch.full((4,), 50.0).log(), atol=1e-5)
+    (grad,) = torch.autograd.grad((scores.log_probs + scores.entropy).sum(), hidden)
+    assert not grad.any()
+
+
+def test_experts_are_read_where_they_lie(emulated: Emulated) -> None:
+    """Their places are sent to the device once, for as long as they stay."""
+    x, counts = draw(9, 16, dtype=BF16), torch.tensor([4, 5])
+    weights, biases = [draw(24, 16, seed=i, dtype=BF16) for i in (1, 2)], [draw(24, seed=i, dtype=BF16) for i in (3, 4)]
+
+    def call(weights: list[Tensor]) -> Tensor:
+        return torch.ops.mswift.grouped_product(x, weights, counts, biases, None, [], False, 1.0, None, 0, 0, 16)
+
+    def wanted() -> Tensor:
+        parts = zip(x.split(counts.tolist()), weights, biases, strict=True)
+        return torch.cat([part.double() @ weight.double().T + bias.double() for part, weight, bias in parts])
+
+    first = call(weights)
+    made = cuda_grouped._table.cache_info().misses
+    assert relative(first, wanted()) < 4e-3
+    assert torch.equal(call(weights), first)
+    with torch.no_grad():
+        weights[1].mul_(-2.0)
+    assert relative(call(weights), wanted()) < 4e-3, "an optimizer's step is seen"
+    assert cuda_grouped._table.cache_info().misses == made
+    unaligned = [weight.new_empty(weight.numel() + 1)[1:].view(weight.shape).copy_(weight) for weight in weights]
+    assert unaligned[0].data_ptr() % 16
+    assert relative(call(unaligned), wanted()) < 4e-3
+    gaps = [torch.cat((weight, weight), 1)[:, :16] for weight in weights]
+    assert not gaps[0].is_contiguous()
+    assert relative(call(gaps), wanted()) < 4e-3
+    assert cuda_grouped._table.cache_info().misses == made + 2
 
 
 def test_empty_tensors(emulated: Emulated) -> None:
