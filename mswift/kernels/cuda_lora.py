@@ -65,8 +65,8 @@ def linear(
     x, weight, a, b = (tensor.contiguous() for tensor in (x, weight, a, b))
     low = _keep_own(cuda_linear.lora_down(library, x, a, scale, cuda_linear.Mask.of(dropout)), ids, adapters)
     inner = x.new_empty(len(x) if factor is not None else 0, len(weight))
-    rest = {"column_scale": _dense(factor), "inner": inner if factor is not None else None}
-    out = cuda_linear.lora_forward(library, x, weight, _dense(bias), low, b, **rest)
+    kept = inner if factor is not None else None
+    out = cuda_linear.lora_forward(library, x, weight, _dense(bias), low, b, column_scale=_dense(factor), inner=kept)
     return out, low, inner
 
 
