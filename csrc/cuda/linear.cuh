@@ -60,36 +60,17 @@ __device__ __forceinline__ void of_group(Dropout& mask, const int64_t* seeds, in
   mask.first_row -= FAULT(25) ? 0 : first;
 }
 
-template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::THREADS, 2) linear(const Linear<B> l) {
-  DYNAMIC_SHARED(Chunk, stages, S::STAGE * STAGES);
-  const Where where = locate<S::BM>(l.offsets, l.groups, l.rows, blockIdx.x);
-  if (where.begin >= where.end) return;
-  const int64_t n0 = static_cast<int64_t>(blockIdx.y) * (S::BN - (FAULT(20) ? 2 : 0));
-  Tile<S> acc = {};
-  if (l.low.cols) {
-    Plain low{l.low}, up{l.up};
-    low.m.rows = where.end;
-    move_on(up, l.up_table, l.up_stride, where.group);
-    multiply<S, false, COLUMNS>(acc, stages, low, up, where.begin, n0, 0, l.low.cols);
-    if (l.mask.threshold) {
-      Dropout mask = l.mask;
-      of_group(mask, l.group_seeds, where.group, where.first);
+// The mask of the adapter's product.
+template <class S> __device__ __forceinline__ void drop_tile(Tile<S>& acc, const Dropout& mask, int64_t row, int64_t column) {
 #pragma unroll
-      for (int i = 0; i < S::MF; i++)
+  for (int i = 0; i < S::MF; i++)
 #pragma unroll
-        for (int j = 0; j < S::NF; j++)
+    for (int j = 0; j < S::NF; j++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) acc[i][j][e] *= dropout_factor(mask, where.begin + row_of<S>(i, e), n0 + column_of<S>(j, e));
-    }
-  }
-  if (l.k) {
-    Changed x = l.x;
-    x.m.rows = where.end;
-    of_group(x.dropout, l.group_seeds, where.group, where.first);
-    B weight = l.weight;
-    move_on(weight, l.weight_table, l.weight_stride, where.group);
-    multiply<S, false, COLUMNS>(acc, stages, x, weight, where.begin, n0, 0, l.k);
-  }
+      for (int e = 0; e < 4; e++) acc[i][j][e] *= dropout_factor(mask, row + row_of<S>(i, e), column + column_of<S>(j, e));
+}
+// What becomes of the sums of the tile at (where.begin, n0).
+template <class S, class B> __device__ __forceinline__ void finish_tile(const Tile<S>& acc, const Linear<B>& l, const Where& where, int64_t n0) {
   const int bias_bytes = l.wide_bias ? sizeof(float) : sizeof(bf16);
   const bool biased = l.bias || l.bias_table;
   const char* bias = biased ? start_of(static_cast<const char*>(l.bias), l.bias_table, l.bias_stride * bias_bytes, where.group) : nullptr;
@@ -117,9 +98,38 @@ template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::T
     }
 }
 
-template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_args& a, const B& weight, void* stream) {
+template <class S, bool COLUMNS, class B> __global__ void __launch_bounds__(S::THREADS, 2) linear(const Linear<B> l) {
+  DYNAMIC_SHARED(Chunk, stages, S::STAGE * STAGES);
+  const Where where = locate<S::BM>(l.offsets, l.groups, l.rows, blockIdx.x);
+  if (where.begin >= where.end) return;
+  const int64_t n0 = static_cast<int64_t>(blockIdx.y) * (S::BN - (FAULT(20) ? 2 : 0));
+  Tile<S> acc = {};
+  if (l.low.cols) {
+    Plain low{l.low}, up{l.up};
+    low.m.rows = where.end;
+    move_on(up, l.up_table, l.up_stride, where.group);
+    multiply<S, false, COLUMNS>(acc, stages, low, up, where.begin, n0, 0, l.low.cols);
+    if (l.mask.threshold) {
+      Dropout mask = l.mask;
+      of_group(mask, l.group_seeds, where.group, where.first);
+      drop_tile<S>(acc, mask, where.begin, n0);
+    }
+  }
+  if (l.k) {
+    Changed x = l.x;
+    x.m.rows = where.end;
+    of_group(x.dropout, l.group_seeds, where.group, where.first);
+    B weight = l.weight;
+    move_on(weight, l.weight_table, l.weight_stride, where.group);
+    multiply<S, false, COLUMNS>(acc, stages, x, weight, where.begin, n0, 0, l.k);
+  }
+  finish_tile<S>(acc, l, where, n0);
+}
+
+// Host: the arguments as kernels take them.
+template <bool COLUMNS, class B> Linear<B> linear_of(const mswift_linear_args& a, const B& weight) {
   const int64_t rank = a.low ? a.rank : 0, k = a.weight || a.weight_table ? a.k : 0, groups = a.offsets ? a.groups : 1;
-  Linear<B> l{Changed{matrix(a.x, a.rows, k, a.x_stride), dropout(a.x_dropout), a.x_column_scale},
+  return Linear<B>{Changed{matrix(a.x, a.rows, k, a.x_stride), dropout(a.x_dropout), a.x_column_scale},
                     weight,
                     matrix(a.low, a.rows, rank, rank),
                     COLUMNS ? matrix(a.up, rank, a.n, a.n) : matrix(a.up, a.n, rank, rank),
@@ -146,8 +156,12 @@ template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_arg
                     a.accumulate != 0,
                     a.accumulate == 1,
                     a.bias_dtype == 0};
+}
+
+template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_args& a, const B& weight, void* stream) {
+  const Linear<B> l = linear_of<COLUMNS>(a, weight);
   // An upper bound of the tiles: every group may end within one. Blocks without a tile leave at once.
-  const int64_t tiles = (a.rows + S::BM - 1) / S::BM + (a.offsets ? groups : 0), across = (a.n + S::BN - 1) / S::BN;
+  const int64_t tiles = (a.rows + S::BM - 1) / S::BM + (a.offsets ? l.groups : 0), across = (a.n + S::BN - 1) / S::BN;
   if (a.rows == 0 || a.n == 0) return 0;
   if (tiles > 0x7fffffff || across > 65535) return MSWIFT_UNSUPPORTED;
   return launch(linear<S, COLUMNS, B>, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(across)), dim3(S::THREADS), S::BYTES,
@@ -155,3 +169,4 @@ template <class S, bool COLUMNS, class B> int run_linear(const mswift_linear_arg
 }
 
 int run_quantised(const mswift_linear_args& args, void* stream);
+int run_hopper(const mswift_linear_args& args, void* stream);  // MSWIFT_UNSUPPORTED: not here, or not these sizes

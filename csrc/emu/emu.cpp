@@ -174,6 +174,7 @@ static void entry() {
   (*b.body)();
   Fiber& f = *b.current;
   if (!f.open.empty() || !f.groups.empty()) fail("left with cp.async copies that it never waited for");
+  if (b.extension) b.extension->leave();
   if (b.arrived) fail("left while %d threads wait at the barrier in line %d", b.arrived, b.site);
   if (warp().arrived) fail("left while %d lanes of its warp wait in line %d", warp().arrived, warp().site);
   f.done = true;
@@ -202,6 +203,7 @@ static void prepare(Block& b, dim3 threads, long index) {
   b.live = count;
   b.arrived = 0;
   b.shared.clear();
+  b.extension.reset();
   b.warps.assign((count + 31) / 32, Warp());
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(state().stacks, count * STACK);  // frames of fibers that ended or were dropped never returned

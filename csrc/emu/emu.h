@@ -68,6 +68,11 @@ struct SharedArray {
   ~SharedArray() { free(bytes); }
 };
 
+struct Extension {  // what hopper.h keeps for a block
+  virtual void leave() = 0;  // a thread ends
+  virtual ~Extension() = default;
+};
+
 struct Block {
   dim3 bid, bdim, gdim;
   std::vector<Fiber> fibers;
@@ -80,6 +85,7 @@ struct Block {
   Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
   std::map<const void*, std::unique_ptr<SharedArray>> shared;
+  std::unique_ptr<Extension> extension;
 };
 
 struct Buffer {  // global memory that a test told of

@@ -2,7 +2,8 @@
 
 By itself: python mswift/kernels/cuda_build.py FOLDER    writes FOLDER/libmswift_cuda.so and FOLDER/ptxas.txt, what ptxas says of every kernel
 
-MSWIFT_CUDA_ARCHS, by default "80 90 100", chooses architectures; code for the last of them also goes in as PTX, for later devices.
+MSWIFT_CUDA_ARCHS, by default "80 90 100", chooses architectures; code for the last of them also goes in as PTX, for later devices. With 90,
+*_hopper.cu is compiled for sm_90a.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ def architectures(nvcc: str) -> list[str]:
     return found
 
 
+def targets(chosen: list[str], source: Path) -> list[str]:
+    """nvcc's flags for what `source` is compiled for; for Hopper's own instructions sm_90a alone, where sm_90 is asked for."""
+    if source.stem.endswith("_hopper") and {"90", "90a"} & set(chosen):
+        return ["-DMSWIFT_SM90A", "-gencode=arch=compute_90a,code=sm_90a"]
+    return [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen), f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+
+
 def digest() -> str:
     """Of the sources that the library is made of."""
     files = sorted(path for path in (*SOURCE.iterdir(), *SOURCE.parent.joinpath("common").iterdir()) if path.suffix in (".cu", ".cuh", ".h"))
@@ -64,8 +72,6 @@ def build(nvcc: str, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = architectures(nvcc)
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
-    targets.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
 
     def run(*arguments: str) -> str:
         done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
@@ -74,15 +80,15 @@ def build(nvcc: str, folder: Path) -> Path:
         return done.stderr + done.stdout
 
     def compile_one(source: Path) -> str:
-        return run(*FLAGS, *targets, "-c", str(source), "-o", str(folder / f"{source.stem}.o"))
+        return run(*FLAGS, *targets(chosen, source), "-c", str(source), "-o", str(folder / f"{source.stem}.o"))
 
     # The longest first, so that no core waits at the end.
-    sources = sorted(SOURCE.glob("*.cu"), key=lambda path: path.stem not in ("head", "linear", "quantised", "norm"))
+    sources = sorted(SOURCE.glob("*.cu"), key=lambda path: path.stem not in ("head", "linear", "linear_hopper", "quantised", "norm"))
     objects = [folder / f"{source.stem}.o" for source in sources]
     try:
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
             report = "".join(pool.map(compile_one, sources))
-        run("-shared", "-cudart", "static", *targets, *map(str, objects), "-o", str(folder / LIBRARY))
+        run("-shared", "-cudart", "static", *targets(chosen, SOURCE), *map(str, objects), "-o", str(folder / LIBRARY))
     finally:
         for path in objects:
             path.unlink(missing_ok=True)

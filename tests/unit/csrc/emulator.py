@@ -17,6 +17,7 @@ from mswift.kernels import cuda_abi as abi
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+MODEL = sorted((ROOT / "csrc" / "emu").glob("*.cpp"))
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
 FAILED = 9999
 COUNTERS = ("read", "written", "distinct_read", "distinct_written", "flops", "launches")
@@ -48,7 +49,7 @@ def build(*, sanitize: bool = False) -> Path:
             return target
 
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, [*SOURCES, ROOT / "csrc" / "emu" / "emu.cpp"]))
+            objects = list(pool.map(compile_one, [*SOURCES, *MODEL]))
         subprocess.run([shutil.which("g++") or "c++", *flags, "-shared", *map(str, objects), "-o", str(partial)], check=True)
         partial.rename(library)
     return library

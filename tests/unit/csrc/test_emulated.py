@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 from mswift.kernels import cuda_abi as abi
 from tests.unit.csrc import elementwise_cases, head_cases, product_cases
-from tests.unit.csrc.emulator import ROOT, Emulator, FindingError, build, unwritten
+from tests.unit.csrc.emulator import ROOT, Emulator, FindingError, build, close, linear, unwritten, wide
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the execution model cannot be compiled")
 
@@ -50,6 +51,18 @@ FAULTS = {
     25: ("rows of a group's mask counted from the first of all", "grouped", "off by"),
     40: ("weights of a group by the place of the one before", "grouped", "off by"),
     26: ("the same in the gradient of a weight", "grouped", "off by"),
+    40: ("operands read without waiting for their loads", "hopper", "no load has filled|has not filled yet|has not waited for its barrier"),
+    41: ("a stage given back before the products that read it are over", "hopper", "may still be reading"),
+    42: ("a ring that waits for stages nobody has filled to be emptied", "hopper", "deadlock"),
+    43: ("operands described without their swizzle", "hopper", "off by|no load has filled"),
+    44: ("a weight by rows described as one by columns", "hopper", "off by|no load has filled"),
+    45: ("more bytes expected than come", "hopper", "deadlock"),
+    46: ("no fence between other uses of accumulators and wgmma", "hopper", "without wgmma.fence"),
+    47: ("barriers not fenced after their initialisation", "hopper", "not fenced"),
+    48: ("a wrong stride between the parts of a weight by columns", "hopper", "off by"),
+    49: ("sums used before the products are over", "hopper", "finite|written before it was waited for|never waited for"),
+    50: ("fewer bytes expected than come", "hopper", "has not filled yet|more than it expected"),
+    51: ("operands read a turn of the ring too early", "hopper", "no load has filled|has not filled yet|has not waited for its barrier"),
     24: ("tiles stored without the swizzle that they are read with", "plain_linear", "off by"),
 }
 
@@ -103,6 +116,35 @@ def test_the_model_finds_a_write_to_an_input_and_a_read_beyond(library: Path) ->
         emulator.call("mswift_gather_rows", 0, x, index, out, 2, 8, out=(out,))
     emulator.call("mswift_gather_rows", 0, x, np.array([0, 1]), out, 2, 8, out=(out,))
     assert (out == 1).all()
+
+
+def test_the_model_refuses_tensor_maps_that_the_driver_refuses(library: Path) -> None:
+    encode = Emulator(library).library["emu_tensor_map"]
+    encode.argtypes = [ctypes.c_uint64] * 4 + [ctypes.c_uint32] * 2
+    address, good = 1 << 20, (100, 7, 208, 64, 128)  # columns, rows, bytes from row to row, a box of columns and rows
+    assert encode(address, *good) == 0
+    assert encode(address + 8, *good) != 0, "the address is a multiple of 16"
+    for place, wrong in ((0, 0), (0, 105), (1, 0), (1, 2**32 + 1), (2, 216), (2, 2**40), (3, 72), (3, 60), (3, 0), (4, 257), (4, 0)):
+        values = [*good]
+        values[place] = wrong
+        assert encode(address, *values) != 0, values
+
+
+def test_the_kernel_for_hopper_leaves_to_the_other_what_it_does_not_do(library: Path) -> None:
+    """Switched off, rows that are no multiples of 16 bytes, small sizes, dropout of the input: right all the same, and without one wgmma."""
+    emulator, random = Emulator(library), np.random.default_rng(0)
+    with product_cases.wgmma(emulator, 0):
+        for case in ("plain_linear", "grouped", "quantised"):
+            CASES[case](emulator, random)
+        x, weight, out = (product_cases.some(random, *shape) for shape in ((70, 76), (72, 76), (70, 72)))
+        fields = {"x": x, "weight": weight, "out": out, "rows": 70, "n": 72, "k": 76, "x_stride": 76}
+        emulator.call("mswift_linear", linear(**fields), out=(out,))
+        close(out, wide(x) @ wide(weight).T, 1e-6)
+    with pytest.raises(AssertionError, match="0 wgmmas"), product_cases.wgmma(emulator, 1):
+        del os.environ["MSWIFT_WGMMA"]
+        CASES["weight_gradient"](emulator, random)
+        os.environ["MSWIFT_WGMMA"] = "0"
+        product_cases.large_linear(emulator, random)
 
 
 def test_sizes_that_a_kernel_does_not_do_are_refused(library: Path) -> None:
