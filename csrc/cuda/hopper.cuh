@@ -19,7 +19,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-inline bool is_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && device_attribute(cudaDevAttrComputeCapabilityMinor) == 0; }
+inline bool is_hopper() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+}
 
 // The driver's function, without linking against the driver; nullptr: it has none.
 inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
@@ -59,8 +61,8 @@ __device__ __forceinline__ void barrier_expect(uint32_t at, uint32_t bytes) {
 }
 __device__ __forceinline__ void barrier_wait(uint32_t at, uint32_t parity) {
   asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra out;\nbra again;\nout:\n}\n" ::"r"(at), "r"(parity)
-      : "memory");
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra out;\nbra again;\nout:\n}\n" ::"r"(at),
+      "r"(parity) : "memory");
 }
 __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap& map, int32_t inner, int32_t outer, uint32_t barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
@@ -104,7 +106,9 @@ inline void barrier_arrive(uint32_t at) { emu::barrier_arrive(at, 0); }
 inline void barrier_expect(uint32_t at, uint32_t bytes) { emu::barrier_arrive(at, bytes); }
 template <int NF> inline void hold(float (&)[NF][4]) {}
 template <int PENDING> inline void wgmma_wait() { emu::wgmma_wait(PENDING, __LINE__); }
-template <bool B_COLUMNS> inline void wgmma(float (&d)[32][4], uint64_t a, uint64_t b) { emu::wgmma(&d[0][0], 256, a, b, false, B_COLUMNS, __LINE__); }
+template <bool B_COLUMNS> inline void wgmma(float (&d)[32][4], uint64_t a, uint64_t b) {
+  emu::wgmma(&d[0][0], 256, a, b, false, B_COLUMNS, __LINE__);
+}
 #endif
 
 constexpr int WARPGROUP = 128;

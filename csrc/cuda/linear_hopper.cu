@@ -1,8 +1,8 @@
 // The large products of linear.cu on Hopper: a warp loads tiles by TMA into a ring of stages, two warpgroups multiply them by wgmma, each block
 // goes from tile to tile of the output, so that the next tile is being loaded while this one is stored.
 //
-// In the ring: x (or the adapter's low) 128 x 64, weight (or up) 256 x 64, or 64 x 256 by columns as four boxes of 64 x 64. Two barriers a stage: full
-// (the loads' bytes) and empty (a lane of each multiplying warp, once the warp's products have read the stage).
+// In the ring: x (or the adapter's low) 128 x 64, weight (or up) 256 x 64, or 64 x 256 by columns as four boxes of 64 x 64. Two barriers a
+// stage: full (the loads' bytes) and empty (a lane of each multiplying warp, once the warp's products have read the stage).
 // Compiled for sm_90a alone, and only where the build says MSWIFT_SM90A.
 #include "linear.cuh"
 
@@ -38,8 +38,10 @@ struct Ring {
   __device__ __forceinline__ void wait_empty(uint32_t turn) const { barrier_wait(empty(turn), (turn / RING + (FAULT(42) ? 0 : 1)) % 2); }
 };
 
+// A product's tiles of depth `width`.
 template <bool COLUMNS>
-__device__ __forceinline__ void load_stages(const Ring& ring, uint32_t& turn, const TensorMap& left, const TensorMap& right, int64_t m0, int64_t n0, int64_t width) {
+__device__ __forceinline__ void load_stages(const Ring& ring, uint32_t& turn, const TensorMap& left, const TensorMap& right, int64_t m0, int64_t n0,
+                                            int64_t width) {
 #pragma unroll 1
   for (int64_t k = 0; k < width; k += STEP, turn++) {
     const int32_t inner = static_cast<int32_t>(k), row = static_cast<int32_t>(m0), column = static_cast<int32_t>(n0);
@@ -67,7 +69,8 @@ template <bool COLUMNS> __device__ __forceinline__ void multiply_stages(Tile<Wid
     const uint32_t a = ring.a(turn) + group * 64 * 128, b = ring.b(turn);
 #pragma unroll
     for (int d = 0; d < STEP / 16; d++) {
-      const uint64_t left = descriptor(a + d * 32, 0), right = COLUMNS ? descriptor(b + d * 16 * 128, FAULT(48) ? 1024 : BOX) : descriptor(b + d * 32, 0);
+      const uint64_t left = descriptor(a + d * 32, 0);
+      const uint64_t right = COLUMNS ? descriptor(b + d * 16 * 128, FAULT(48) ? 1024 : BOX) : descriptor(b + d * 32, 0);
       if (FAULT(44)) wgmma<!COLUMNS>(acc[0], left, right);
       else wgmma<COLUMNS>(acc[0], left, right);
     }

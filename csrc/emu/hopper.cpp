@@ -190,7 +190,8 @@ void finish_product(const Product& p, std::vector<float>& d) {
   auto value = [&](const Descriptor& operand, uint32_t mn, uint32_t k) {
     const uint32_t at = operand.at(mn, k);
     const Piece& piece = s.pieces[(at - START) / 16];
-    if (piece.pending || !piece.filled || piece.reads[fiber().index / GROUP] < p.number) fail("an operand of a wgmma has been written again before it was read");
+    if (piece.pending || !piece.filled || piece.reads[fiber().index / GROUP] < p.number)
+      fail("an operand of a wgmma has been written again before it was read");
     uint16_t bits;
     return memcpy(&bits, &s.bytes[at - START], 2), widen(bits);
   };
@@ -264,13 +265,12 @@ void barrier_wait(uint32_t at, uint32_t parity) {
   Barrier& b = barrier(at);
   while ((b.phase & 1) == parity) {
     std::vector<size_t> coming;
-    const long seen = s.events;
-    if (!s.loads.empty()) block().progress++;
-    yield();
-    if (s.events != seen) continue;
     for (size_t i = 0; i < s.loads.size(); i++)
       if (s.loads[i].barrier == at) coming.push_back(i);
-    if (!coming.empty()) finish_load(coming[s.random() % coming.size()]);
+    const long seen = s.events;
+    if (!coming.empty()) block().progress++;
+    yield();
+    if (s.events == seen && !coming.empty()) finish_load(coming[s.random() % coming.size()]);
   }
   Lane& me = lane_state();
   me.seen[at] = b.phase;

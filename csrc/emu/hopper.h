@@ -7,7 +7,8 @@
 //   findings   an operand that no load has filled, or whose barrier a thread of the warpgroup has not waited for; a load onto what a product may
 //              still read: by the order that barriers give, whatever happened first; accumulators touched before they are waited for (they
 //              hold NaN meanwhile); no wgmma.fence before; barriers without their fence; more bytes or arrivals than a barrier expects
-// This memory has addresses of its own and is not seen by the generic accesses of emu.h.
+// This memory has addresses of its own and is not seen by the generic accesses of emu.h. Not modelled: clusters, stores by tensor map, boxes of
+// other rows than 128 bytes, base offsets of descriptors, generic accesses between loads and products (the kernels here have none).
 #pragma once
 #include "emu.h"
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
@@ -60,54 +57,6 @@ def plain_linear(emulator: Emulator, random: np.random.Generator) -> None:
         out = unwritten(rows, n, dtype=np.uint16)
         emulator.call("mswift_linear", linear(**{**fields, "x_column_scale": x_scale, "bias": None, "out": out}), out=(out,))
         close(out, 0.5 * (wide(rounded(wide(x) * x_scale)) @ matrix) * wide(scale), 1e-6)
-
-
-@contextmanager
-def wgmma(emulator: Emulator, count: int) -> Iterator[None]:
-    """By the kernel for Hopper: so many wgmmas by each thread."""
-    os.environ["MSWIFT_WGMMA"] = "1"
-    emulator.library["emu_wgmmas"]()
-    try:
-        yield
-    finally:
-        del os.environ["MSWIFT_WGMMA"]
-    issued = emulator.library["emu_wgmmas"]()
-    assert issued == count, f"{issued} wgmmas, not {count}"
-
-
-def hopper(emulator: Emulator, random: np.random.Generator) -> None:
-    """Weights by rows and by columns, several tiles a block, edges, the input in a wider activation, a longer way than the ring."""
-    for rows, n, k, columns in ((131, 261, 136, 0), (70, 264, 328, 1), (66, 72, 64, 1), (64, 67, 72, 0)):
-        x, bias, scale = some(random, rows, k + 8), some(random, n), random.normal(size=n).astype(np.float32)
-        weight = some(random, k, n) if columns else some(random, n, k)
-        out, inner = unwritten(rows, n, dtype=np.uint16), unwritten(rows, n, dtype=np.uint16)
-        fields = given(x=x, weight=weight, bias=bias, column_scale=scale, out=out, inner=inner, rows=rows, n=n, k=k, x_stride=k + 8, columns=columns)
-        tiles = ((rows + 127) // 128) * ((n + 255) // 256)
-        with wgmma(emulator, tiles * 8 * ((k + 63) // 64)):
-            emulator.call("mswift_linear", linear(**fields, alpha=0.5), out=(out, inner))
-        want = 0.5 * wide(x)[:, :k] @ (wide(weight) if columns else wide(weight).T)
-        close(inner, want, 1e-6)
-        close(out, want * wide(scale) + wide(bias), 1e-6)
-
-
-def hopper_lora(emulator: Emulator, random: np.random.Generator) -> None:
-    """The adapter in the same sums, with and without a mask of its product; fp32 sums that are added to."""
-    rows, n, k = 133, 264, 72
-    keep, factor = random.uniform(0.1, 1, size=(2, rows)).astype(np.float32)
-    before = random.normal(size=(rows, n)).astype(np.float32)
-    for rank, p, columns, mode in ((16, 0.3, 1, 0), (8, 0.0, 0, 1), (72, 0.2, 0, 2)):
-        dropout = abi.Dropout(seed=0x123456789AB, first_row=3, first_column=6, full_width=6 + n - 2, threshold=abi.threshold_of(p))
-        mask = mask_of(rows, n, dropout) if p else np.ones((rows, n))
-        x, low = some(random, rows, k), some(random, rows, rank)
-        weight, up = (some(random, k, n), some(random, rank, n)) if columns else (some(random, n, k), some(random, n, rank))
-        out = before.copy() if mode == 1 else unwritten(rows, n, dtype=np.float32 if mode else np.uint16)
-        fields = given(x=x, weight=weight, low=low, up=up, out=out, rows=rows, n=n, k=k, rank=rank, x_stride=k, columns=columns, accumulate=mode)
-        fields.update(adapter_dropout=dropout, row_keep=keep if mode else None, row_factor=factor if mode else None)
-        with wgmma(emulator, 4 * 8 * (2 + (rank + 63) // 64)):
-            emulator.call("mswift_linear", linear(**fields), out=(out,))
-        want = wide(x) @ (wide(weight) if columns else wide(weight).T) + mask * (wide(low) @ (wide(up) if columns else wide(up).T))
-        scaled = wide(factor)[:, None] * want if mode else want
-        close(out, scaled + (wide(keep)[:, None] * before if mode == 1 else 0), 1e-6)
 
 
 def accumulation(emulator: Emulator, random: np.random.Generator) -> None:
@@ -296,4 +245,4 @@ def quantised(emulator: Emulator, random: np.random.Generator) -> None:
         close(out, wide(x) @ (weight if columns else weight.T), 1e-6)
 
 
-CASES = {case.__name__: case for case in (plain_linear, accumulation, lora, grouped, drop, weight_gradient, quantised, hopper, hopper_lora)}
+CASES = {case.__name__: case for case in (plain_linear, accumulation, lora, grouped, drop, weight_gradient, quantised)}

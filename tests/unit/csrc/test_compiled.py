@@ -22,7 +22,7 @@ needs_nvcc = pytest.mark.skipif(cuda["find_nvcc"]() is None, reason="no nvcc: th
 
 
 class Budget(NamedTuple):
-    """At most so many registers a thread, of blocks of 256 threads, and bytes of static shared memory."""
+    """At most so many registers a thread, of blocks of 256 threads (288 for Hopper), and bytes of static shared memory."""
 
     registers: int
     shared: int
@@ -31,6 +31,8 @@ class Budget(NamedTuple):
 STATIC_SHARED, DYNAMIC_SHARED, MULTIPROCESSOR_SHARED = 12 * 1024, 48 * 1024, 164 * 1024
 REST = Budget(64, STATIC_SHARED)
 BUDGETS = {
+    # one block fills a multiprocessor, which counts its nine warps as three warpgroups: 65,536 / 384, in eights
+    "linear_hopper": Budget(168, 0),
     # two blocks share a multiprocessor's 65,536 registers
     **dict.fromkeys(("linear", "outer", "head_tiles"), Budget(128, STATIC_SHARED)),
     # one block fills it: the gradients of 64 rows lie in its registers
@@ -67,8 +69,8 @@ def parse(report: str) -> list[Use]:
     return uses
 
 
-def faults(uses: list[Use]) -> list[str]:
-    found = []
+def faults(uses: list[Use], report: str = "") -> list[str]:
+    found = re.findall(r"\(C75\d\d\)[^\n]*", report)  # wgmma made to wait, where the kernel did not ask for it
     for use in uses:
         budget = next((of for name, of in BUDGETS.items() if re.search(rf"(^|\d){name}", use.kernel)), REST)
         if use.spilled or use.stack:
@@ -92,16 +94,19 @@ def library() -> Path:
 
 @needs_nvcc
 def test_no_kernel_spills_or_passes_its_budget(library: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    uses = parse((library.parent / cuda["REPORT"]).read_text(encoding="utf8"))
+    report = (library.parent / cuda["REPORT"]).read_text(encoding="utf8")
+    uses = parse(report)
     with capsys.disabled():
         print(f"\n{'kernel':70} {'for':7} {'registers':>9} {'spilled':>8} {'shared':>7}")
         for use in sorted(uses):
             print(f"{use.kernel[:70]:70} {use.architecture:7} {use.registers:9} {use.spilled:8} {use.shared:7}")
-    assert faults(uses) == []
+    assert faults(uses, report) == []
     kernels = {use.kernel for use in uses}
     sources = "".join(path.read_text(encoding="utf8") for path in cuda["SOURCE"].glob("*.cu*"))
     assert len(kernels) >= sources.count("__global__"), "every kernel is in the report"
-    assert {use.architecture for use in uses} == {f"sm_{arch}" for arch in cuda["architectures"](cuda["find_nvcc"]())}
+    asked = cuda["architectures"](cuda["find_nvcc"]())
+    assert {use.architecture for use in uses if "hopper" not in use.kernel} == {f"sm_{arch}" for arch in asked}
+    assert {use.architecture for use in uses if "hopper" in use.kernel} == ({"sm_90a"} if {"90", "90a"} & set(asked) else set())
     assert 2 * (STATIC_SHARED + DYNAMIC_SHARED) <= MULTIPROCESSOR_SHARED, "two blocks of a product share a multiprocessor"
 
 
@@ -115,6 +120,8 @@ ptxas info    : Compiling entry function '_Z4ropev' for 'sm_90'
 ptxas info    : Used 72 registers"""
     found = faults(parse(report))
     assert len(found) == 3
+    serial = "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized due to program dependence"
+    assert faults(parse(report), f"{serial}\n{report}") == [serial[serial.index("(") :], *found]
     assert "spills 8 bytes" in found[0]
     assert "16384 bytes of shared memory" in found[1]
     assert "72 registers" in found[2]

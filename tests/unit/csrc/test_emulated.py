@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from mswift.kernels import cuda_abi as abi
-from tests.unit.csrc import elementwise_cases, head_cases, product_cases
+from tests.unit.csrc import elementwise_cases, head_cases, hopper_cases, product_cases
 from tests.unit.csrc.emulator import ROOT, Emulator, FindingError, build, close, linear, unwritten, wide
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the execution model cannot be compiled")
 
-CASES = {**elementwise_cases.CASES, **product_cases.CASES, **head_cases.CASES}
+CASES = {**elementwise_cases.CASES, **product_cases.CASES, **head_cases.CASES, **hopper_cases.CASES}
 FAULTS = {
     1: ("no barrier between a block sum's writes and reads", "rms_norm", "nobody has written"),
     2: ("scratch of a block sum used again without a barrier", "many_rows", "race"),
@@ -130,21 +130,19 @@ def test_the_model_refuses_tensor_maps_that_the_driver_refuses(library: Path) ->
         assert encode(address, *values) != 0, values
 
 
-def test_the_kernel_for_hopper_leaves_to_the_other_what_it_does_not_do(library: Path) -> None:
-    """Switched off, rows that are no multiples of 16 bytes, small sizes, dropout of the input: right all the same, and without one wgmma."""
+def test_the_kernel_for_hopper_leaves_to_the_other_what_it_does_not_do(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are no multiple of 16 bytes, small sizes, groups, other weights, or not asked for: right all the same, and without one wgmma."""
     emulator, random = Emulator(library), np.random.default_rng(0)
-    with product_cases.wgmma(emulator, 0):
+    with hopper_cases.wgmma(emulator, 0):
         for case in ("plain_linear", "grouped", "quantised"):
             CASES[case](emulator, random)
-        x, weight, out = (product_cases.some(random, *shape) for shape in ((70, 76), (72, 76), (70, 72)))
-        fields = {"x": x, "weight": weight, "out": out, "rows": 70, "n": 72, "k": 76, "x_stride": 76}
-        emulator.call("mswift_linear", linear(**fields), out=(out,))
-        close(out, wide(x) @ wide(weight).T, 1e-6)
-    with pytest.raises(AssertionError, match="0 wgmmas"), product_cases.wgmma(emulator, 1):
-        del os.environ["MSWIFT_WGMMA"]
-        CASES["weight_gradient"](emulator, random)
-        os.environ["MSWIFT_WGMMA"] = "0"
-        product_cases.large_linear(emulator, random)
+    for k, asked, count in ((76, "1", 0), (72, "0", 0), (72, "", 0), (72, "1", 8 * 2)):
+        x, weight, out = (product_cases.some(random, *shape) for shape in ((70, k), (72, k), (70, 72)))
+        with hopper_cases.wgmma(emulator, count):
+            monkeypatch.setenv("MSWIFT_WGMMA", asked)
+            emulator.call("mswift_linear", linear(x=x, weight=weight, out=out, rows=70, n=72, k=k, x_stride=k), out=(out,))
+            close(out, wide(x) @ wide(weight).T, 1e-6)
+    monkeypatch.undo()
 
 
 def test_sizes_that_a_kernel_does_not_do_are_refused(library: Path) -> None:
@@ -160,9 +158,9 @@ def test_sizes_that_a_kernel_does_not_do_are_refused(library: Path) -> None:
 SANITIZED = """
 import sys, numpy as np
 from pathlib import Path
-from tests.unit.csrc import elementwise_cases, head_cases, product_cases
+from tests.unit.csrc import elementwise_cases, head_cases, hopper_cases, product_cases
 from tests.unit.csrc.emulator import Emulator
-cases = {**elementwise_cases.CASES, **product_cases.CASES, **head_cases.CASES}
+cases = {**elementwise_cases.CASES, **product_cases.CASES, **head_cases.CASES, **hopper_cases.CASES}
 emulator = Emulator(Path(sys.argv[1]), fault=int(sys.argv[2]), registered=False)
 for name in sys.argv[3:] or cases:
     cases[name](emulator, np.random.default_rng(0))
