@@ -64,7 +64,7 @@ template <bool COLUMNS> __device__ __forceinline__ void multiply_stages(Tile<Wid
   hold(acc[0]);
 #pragma unroll 1
   for (int64_t k = 0; k < width; k += STEP, turn++) {
-    if (!FAULT(40)) ring.wait_full(turn);
+    if (!FAULT(52)) ring.wait_full(turn);
     if (!FAULT(46)) wgmma_fence();
     const uint32_t a = ring.a(turn) + group * 64 * 128, b = ring.b(turn);
 #pragma unroll
@@ -135,7 +135,8 @@ template <bool COLUMNS> int launch_hopper(const mswift_linear_args& a, void* str
 int run_hopper(const mswift_linear_args& a, void* stream) {
   const char* wanted = std::getenv("MSWIFT_WGMMA");
   if (wanted == nullptr || std::strcmp(wanted, "1") != 0 || !is_hopper()) return MSWIFT_UNSUPPORTED;
-  const bool plain = a.weight && a.weight_kind == 0 && a.offsets == nullptr && a.x_dropout.threshold == 0 && a.x_column_scale == nullptr;
+  const bool tables = a.weight_table || a.up_table || a.bias_table;
+  const bool plain = a.weight && a.weight_kind == 0 && !a.offsets && !tables && a.x_dropout.threshold == 0 && !a.x_column_scale;
   const bool large = !a.thin && a.rows >= 64 && a.n >= 64 && a.k >= 64 && a.rows < 1ll << 31 && a.n < 1ll << 31 && a.k < 1ll << 31;
   if (!plain || !large) return MSWIFT_UNSUPPORTED;
   return a.columns ? launch_hopper<true>(a, stream) : launch_hopper<false>(a, stream);

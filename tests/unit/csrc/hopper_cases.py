@@ -14,14 +14,15 @@ from tests.unit.csrc.product_cases import mask_of, some
 
 
 @contextmanager
-def wgmma(emulator: Emulator, count: int) -> Iterator[None]:
-    """By the kernel for Hopper: so many wgmmas by each thread."""
-    os.environ["MSWIFT_WGMMA"] = "1"
+def wgmma(emulator: Emulator, count: int, asked: str = "1") -> Iterator[None]:
+    """The kernel for Hopper is asked for, and issues so many wgmmas."""
+    before = os.environ.get("MSWIFT_WGMMA")
+    os.environ["MSWIFT_WGMMA"] = asked
     emulator.library["emu_wgmmas"]()
     try:
         yield
     finally:
-        del os.environ["MSWIFT_WGMMA"]
+        os.environ["MSWIFT_WGMMA"] = before or ""
     issued = emulator.library["emu_wgmmas"]()
     assert issued == count, f"{issued} wgmmas, not {count}"
 
