@@ -23,6 +23,25 @@ template <class K, class... A> int launch(K kernel, dim3 grid, dim3 block, size_
   return static_cast<int>(cudaGetLastError());
 }
 
+// A launch whose blocks all run at once, so that they may wait for each other; an error where the device cannot hold them.
+template <class... P, class... A> int launch_together(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, Stream stream, const A&... args) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
+  if (error == cudaSuccess) error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, dynamic_bytes, stream);
+  const cudaError_t last = cudaGetLastError();
+  return static_cast<int>(error == cudaSuccess ? last : error);
+}
+// How many blocks of it the current device holds at once
+template <class... P> int blocks_at_once(void (*kernel)(P...), int threads, size_t dynamic_bytes) {
+  int device = 0, processors = 0, each = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes)) != cudaSuccess ||
+      cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, dynamic_bytes) != cudaSuccess)
+    return cudaGetLastError(), 0;
+  return processors * each;
+}
+inline int clear(void* p, size_t bytes, Stream stream) { return static_cast<int>(cudaMemsetAsync(p, 0, bytes, stream)); }
+
 // Bytes of shared memory that one block may ask for on the current device
 inline size_t shared_memory_limit() {
   int device = 0, bytes = 0;
@@ -34,6 +53,17 @@ inline size_t shared_memory_limit() {
 #define sync_block() __syncthreads()
 #define sync_warp() __syncwarp()
 #define shuffle_xor(value, mask) __shfl_xor_sync(~0u, value, mask)
+// Between blocks that run at once: one more has come; wait for so many. The barriers of the block before and after make it all threads' matter.
+__device__ __forceinline__ void signal_blocks(uint32_t* counter) {
+  __threadfence();
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(__cvta_generic_to_global(counter)) : "memory");
+}
+__device__ __forceinline__ void await_blocks(const uint32_t* counter, uint32_t value) {
+  uint32_t seen;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(seen) : "l"(__cvta_generic_to_global(counter)) : "memory");
+  while (static_cast<int32_t>(seen - value) < 0);
+  __threadfence();
+}
 #define fast_exp(x) __expf(x)
 #define fast_log(x) __logf(x)
 #define fast_divide(a, b) __fdividef(a, b)
@@ -84,17 +114,25 @@ template <class K, class... A> int launch(K kernel, dim3 grid, dim3 block, size_
   return emu::run(grid, block, dynamic_bytes, [&] { kernel(args...); });
 }
 
+template <class K, class... A> int launch_together(K kernel, dim3 grid, dim3 block, size_t dynamic_bytes, Stream, const A&... args) {
+  return emu::run(grid, block, dynamic_bytes, [&] { kernel(args...); }, true);
+}
+template <class K> int blocks_at_once(K, int, size_t) { return emu::state().resident; }
+inline int clear(void* p, size_t bytes, Stream) { return emu::clear(p, bytes), 0; }
+
 inline size_t shared_memory_limit() { return 227 * 1024; }  // as sm_90 and sm_100
 
 #define sync_block() emu::wait_block(__LINE__)
 #define sync_warp() emu::wait_warp(__LINE__)
 #define shuffle_xor(value, mask) emu::exchange(value, emu::lane() ^ (mask), __LINE__)
+inline void signal_blocks(uint32_t* counter) { emu::signal(counter); }
+inline void await_blocks(const uint32_t* counter, uint32_t value) { emu::await(counter, value); }
 #define fast_exp(x) expf(x)
 #define fast_log(x) logf(x)
 #define fast_divide(a, b) ((a) / (b))
 #define rsqrtf(x) (1.0f / sqrtf(x))
 template <class T> inline T load(const T* p) { return emu::check_global(p, sizeof(T), false, alignof(T)), *p; }
-template <class T> inline T load_again(const T* p) { return load(p); }
+template <class T> inline T load_again(const T* p) { return emu::check_global(p, sizeof(T), false, alignof(T), true), *p; }
 template <class T> inline void store(T* p, T value) { emu::check_global(p, sizeof(T), true, alignof(T)), *p = value; }
 
 template <class Chunk> inline void copy_async(const emu::Shared<Chunk>& tile, int index, const void* source, int valid) {

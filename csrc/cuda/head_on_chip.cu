@@ -230,22 +230,6 @@ template <int ROLE, int NF> __global__ void __launch_bounds__(THREADS, 1) head_r
   store_rows<ROLE, NF>(h, acc, row0);
 }
 
-// One sum for each token from those of several parts of the vocabulary, relative to the maximum of all (tops: those of the parts, or NULL).
-__global__ void __launch_bounds__(128) join_parts(const float* parts, const float* tops, float* acc, int splits, int64_t tokens, int64_t hidden) {
-  const int64_t t = blockIdx.x;
-  float top = -INFINITY;
-  for (int s = 0; tops && s < splits; s++) top = fmaxf(top, load(tops + static_cast<int64_t>(s) * 5 * tokens + t));
-  for (int64_t at = threadIdx.x; at < hidden; at += 128) {
-    float sum = 0.0f;
-    for (int s = 0; s < splits; s++) {
-      const float own = tops ? load(tops + static_cast<int64_t>(s) * 5 * tokens + t) : 0.0f;
-      const float factor = !tops ? 1.0f : own == -INFINITY ? 0.0f : FAULT(30) ? 1.0f : fast_exp(own - top);
-      sum += factor * load(parts + (s * tokens + t) * hidden + at);
-    }
-    store(acc + t * hidden + at, sum);
-  }
-}
-
 constexpr size_t bytes_of(int nf) { return ((BM + 2 * BN) * nf * 8 + BM * BN / 8) * sizeof(Chunk); }
 int width_of(int64_t hidden) { return hidden <= 256 ? 4 : hidden <= 512 ? 8 : hidden <= 640 ? 10 : 0; }
 
@@ -268,9 +252,6 @@ template <int ROLE> int run(const Owned& h, int splits, Stream stream) {
   return nf == 10 ? launch(head_rows<ROLE, 10>, grid, block, bytes_of(10), stream, h) : MSWIFT_UNSUPPORTED;
 }
 
-int join(const mswift_head& a, const float* parts, const float* tops, float* acc, int splits, Stream stream) {
-  return launch(join_parts, dim3(static_cast<unsigned>(a.tokens)), dim3(128), 0, stream, parts, tops, acc, splits, a.tokens, a.hidden);
-}
 }  // namespace
 
 extern "C" int mswift_head_on_chip(int64_t hidden) {
@@ -285,7 +266,7 @@ extern "C" int mswift_head_sweep_on_chip(const mswift_head* head, float* stats, 
   int error = run<SWEEP>(h, splits, static_cast<Stream>(stream));
   if (error || splits <= 1) return error;
   error = mswift_head_merge(partial, stats, splits, head->tokens, stream);
-  return error ? error : join(*head, acc_parts, partial, acc, splits, static_cast<Stream>(stream));
+  return error ? error : join_parts(*head, acc_parts, partial, 5 * head->tokens, acc, splits, stream);
 }
 
 extern "C" int mswift_head_gradient_on_chip(const mswift_head* head, const float* lse, const float* coefficients, float* dx_acc, float* acc_parts, int splits,
@@ -296,7 +277,7 @@ extern "C" int mswift_head_gradient_on_chip(const mswift_head* head, const float
     Owned h = owned(*head, false);
     h.lse = lse, h.coefficients = coefficients, h.out = splits > 1 ? acc_parts : dx_acc;
     error = run<TO_HIDDEN>(h, splits, static_cast<Stream>(stream));
-    if (!error && splits > 1) error = join(*head, acc_parts, nullptr, dx_acc, splits, static_cast<Stream>(stream));
+    if (!error && splits > 1) error = join_parts(*head, acc_parts, nullptr, 0, dx_acc, splits, stream);
   }
   if (!error && dweight) {
     Owned h = owned(*head, true);

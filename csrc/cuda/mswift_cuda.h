@@ -7,6 +7,7 @@
 
 #define MSWIFT_UNSUPPORTED (-1)
 #define MSWIFT_NORM_BLOCKS 256 /* rows of the fp32 workspaces `partial` below, times `cols` */
+#define MSWIFT_HEAD_WORKSPACE 66816 /* bytes of workspace for each block of a head's groups */
 
 #ifdef __cplusplus
 extern "C" {
@@ -117,22 +118,22 @@ typedef struct {
 int mswift_head_statistics(const mswift_head* head, float* stats, float* partial, int splits, void* stream);
 /* The statistics of several parts (ranks of a group, gathered: fp32 [parts, 5, tokens]) as those of all. */
 int mswift_head_merge(const float* parts, float* stats, int64_t count, int64_t tokens, void* stream);
-/* Statistics and sum_v exp(z - reference) dz/dproduct weight[v] in one sweep over the vocabulary: acc fp32 [tokens, hidden], relative to
- * reference fp32 [tokens]. A row's reference is the maximum so far; where a chunk of the vocabulary passes it by far, that chunk is done again.
- * chunk: a multiple of 128. Workspaces: probabilities bf16 [tokens, chunk], partial fp32 [splits, 5, tokens], factors fp32 [2, tokens],
- * flags int32 [ceil(tokens / 128)]. */
-int mswift_head_sweep(const mswift_head* head, float* stats, float* reference, float* acc, void* probabilities, int64_t chunk, float* partial, int splits,
-                      float* factors, int32_t* flags, void* stream);
-/* dx = scale (of_prob exp(reference - lse) acc + of_label slope(label logit) weight[label]), bf16; with reference NULL: dx = acc. */
-int mswift_head_finish(const mswift_head* head, const float* acc, const float* reference, const float* lse, const float* label_logit, const float* of_label,
-                       const float* of_prob, void* dx, void* stream);
+/* Statistics, and sum_v exp(z - maximum) dz/dproduct weight[v] in acc fp32 [tokens, hidden], in one sweep over the vocabulary by groups of blocks that
+ * run at once; splits > 1: as many groups share the vocabulary for the same tokens. Workspaces: partial fp32 [splits * mswift_head_group, 5, tokens],
+ * acc_parts fp32 [splits, tokens, hidden] if splits > 1, workspace of groups * mswift_head_group * MSWIFT_HEAD_WORKSPACE bytes.
+ * groups: 1 to mswift_head_groups. */
+int mswift_head_sweep(const mswift_head* head, float* stats, float* acc, float* partial, float* acc_parts, int splits, void* workspace, int groups,
+                      void* stream);
 /* With dz = (of_label [label] + p (of_prob + of_entropy (z - lse)) + of_uniform) dz/dproduct, p = exp(z - lse), coefficients fp32 [4, tokens]
- * in this order: dx_acc fp32 [tokens, hidden] (may be NULL) = dz weight; dweight [vocab, hidden] (may be NULL), fp32 or bf16, = dz^T x;
- * dbias fp32 [vocab] (may be NULL). Workspaces: gradients bf16 [tokens, chunk]; sums fp32 [MSWIFT_NORM_BLOCKS + 1, chunk] if dbias. */
-int mswift_head_gradient(const mswift_head* head, const float* lse, const float* coefficients, void* gradients, int64_t chunk, float* dx_acc, void* dweight,
-                         int dweight_dtype, int accumulate, float* dbias, float* sums, void* stream);
+ * in this order: dx_acc fp32 [tokens, hidden] (may be NULL; splits and acc_parts as above) = dz weight; dweight [vocab, hidden] (may be NULL),
+ * fp32 or bf16, = dz^T x; with it dbias fp32 [vocab] (may be NULL). */
+int mswift_head_gradient(const mswift_head* head, const float* lse, const float* coefficients, float* dx_acc, float* acc_parts, int splits,
+                         void* dweight, int dweight_dtype, int accumulate, float* dbias, void* workspace, int groups, void* stream);
+/* How many blocks are a group for this hidden size on the current device, and how many groups it holds at once (0: none). */
+int mswift_head_group(int64_t hidden);
+int mswift_head_groups(int64_t hidden);
 
-/* The same with the gradients kept on chip, where the current device has room for them: whether it has (1 or 0). */
+/* The same by single blocks that keep a whole row's gradient, where the current device has room for it: whether it has (1 or 0). */
 int mswift_head_on_chip(int64_t hidden);
 /* Statistics, and sum_v exp(z - maximum) dz/dproduct weight[v] in acc fp32 [tokens, hidden]. With splits > 1 as many blocks share the vocabulary
  * for the same tokens, and need partial fp32 [splits, 5, tokens] and acc_parts fp32 [splits, tokens, hidden]. */

@@ -78,9 +78,9 @@ void check_shared(Shadow& s, bool write, long index, const char* name) {
   s.reader_warp = own, s.read_block = b.epoch, s.read_warp = warp_epoch;
 }
 
-void check_global(const void* address, size_t bytes, bool write, size_t alignment) {
+void check_global(const void* address, size_t bytes, bool write, size_t alignment, bool coherent, bool again) {
   State& s = state();
-  (write ? s.counters.written : s.counters.read) += bytes;
+  if (!again) (write ? s.counters.written : s.counters.read) += bytes;
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);
   if (at % alignment) fail("access of %zu bytes at an address that is not a multiple of %zu", bytes, alignment);
   if (s.buffers.empty()) return;
@@ -95,7 +95,8 @@ void check_global(const void* address, size_t bytes, bool write, size_t alignmen
   if (write && !buffer.writable) fail("write to buffer %zu, an input", last);
   const uint32_t self = 1 + block().index * block().fibers.size() + fiber().index;
   for (size_t i = (at - buffer.begin) / 2; i < (at + bytes - buffer.begin + 1) / 2; i++) {
-    if (buffer.writer[i] && buffer.writer[i] != self)
+    if (s.together) check_order(buffer, last, i, write, coherent);
+    else if (buffer.writer[i] && buffer.writer[i] != self)
       fail("%s at byte %zu of buffer %zu, which another thread wrote in this launch", write ? "write" : "read", 2 * i, last);
     if (write) buffer.writer[i] = self;
     const int bit = write ? 2 : 1;
@@ -113,6 +114,7 @@ void wait_block(int site) {
   if (++b.arrived == b.live) {
     b.arrived = 0;
     b.epoch++;
+    if (state().together) pass_barrier();
     return;
   }
   while (b.epoch == epoch) yield();
@@ -184,11 +186,11 @@ static void entry() {
   for (;;) yield();
 }
 
-static void resume(Fiber& f) {
-  Block& b = block();
+static void resume(Block& b, Fiber& f) {
+  state().block = &b;
   b.current = &f;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&main_fake, state().stacks + f.index * STACK, STACK);
+  __sanitizer_start_switch_fiber(&main_fake, b.stacks + f.index * STACK, STACK);
 #endif
   emu_switch(&b.main_sp, f.sp);
 #if defined(__SANITIZE_ADDRESS__)
@@ -206,58 +208,78 @@ static void prepare(Block& b, dim3 threads, long index) {
   b.extension.reset();
   b.warps.assign((count + 31) / 32, Warp());
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(state().stacks, count * STACK);  // frames of fibers that ended or were dropped never returned
+  __asan_unpoison_memory_region(b.stacks, count * STACK);  // frames of fibers that ended or were dropped never returned
 #endif
   for (int t = 0; t < count; t++) {
     Fiber& f = b.fibers[t];
     f.index = t, f.done = false, f.open.clear(), f.groups.clear();
     f.tid = dim3(t % threads.x, t / threads.x % threads.y, t / (threads.x * threads.y));
     b.warps[t / 32].live++;
-    void** sp = reinterpret_cast<void**>(state().stacks + (t + 1) * STACK - 64);
+    void** sp = reinterpret_cast<void**>(b.stacks + (t + 1) * STACK - 64);
     *--sp = nullptr;
     *--sp = reinterpret_cast<void*>(&entry);
     f.sp = sp - 6;
   }
 }
 
-int run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body) {
+// Every block of `alive` to its end, in turns; a round in which nobody gets on is a deadlock.
+static void run_blocks(std::vector<Block>& alive, std::mt19937& random) {
   State& s = state();
-  Block b;
-  const size_t count = static_cast<size_t>(threads.x) * threads.y * threads.z;
-  const long blocks = static_cast<long>(grid.x) * grid.y * grid.z;
-  if (blocks == 0 || count == 0 || count > 1024 || grid.y > 65535 || grid.z > 65535) return 9;  // cudaErrorInvalidConfiguration
-  s.block = &b, s.failed = false;
-  if (count > s.stack_count) {
-    if (s.stacks) munmap(s.stacks, s.stack_count * STACK);
-    s.stacks = static_cast<char*>(mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    s.stack_count = count;
-  }
-  b.gdim = grid, b.bdim = threads, b.body = &body, b.dynamic_bytes = dynamic_bytes;
-  b.fibers.resize(count);
-  s.counters.launches++;
-  for (Buffer& buffer : s.buffers) std::fill(buffer.writer.begin(), buffer.writer.end(), 0), std::fill(buffer.seen.begin(), buffer.seen.end(), 0);
-  std::mt19937 random(s.seed);
-  std::vector<long> order(blocks);
-  std::vector<int> turns(count);
-  for (long i = 0; i < blocks; i++) order[i] = i;
-  for (size_t i = 0; i < count; i++) turns[i] = i;
-  if (s.seed) std::shuffle(order.begin(), order.end(), random);
-  for (long index : order) {
-    prepare(b, threads, index);
-    long last = -1;
-    while (b.live && !s.failed) {
-      if (last == b.progress) {
-        s.failed = true;
-        s.message = "deadlock: " + std::to_string(b.arrived) + " of " + std::to_string(b.live) + " threads wait at a barrier, the others elsewhere";
-      }
-      last = b.progress;
+  std::vector<Block*> order;
+  for (Block& b : alive) order.push_back(&b);
+  std::vector<int> turns(alive[0].fibers.size());
+  for (size_t i = 0; i < turns.size(); i++) turns[i] = i;
+  for (long last = -1;;) {
+    long progress = 0, live = 0;
+    for (const Block& b : alive) progress += b.progress, live += b.live;
+    if (live == 0 || s.failed) return;
+    if (last == progress) {
+      s.failed = true;
+      const Block& b = alive[0];
+      s.message = s.together ? "deadlock: " + waiting(*s.together)
+                             : "deadlock: " + std::to_string(b.arrived) + " of " + std::to_string(b.live) + " threads wait at a barrier, the others elsewhere";
+    }
+    last = progress;
+    if (s.seed) std::shuffle(order.begin(), order.end(), random);
+    for (Block* b : order) {
       if (s.seed) std::shuffle(turns.begin(), turns.end(), random);
       for (int t : turns)
-        if (!b.fibers[t].done && !s.failed) resume(b.fibers[t]);
+        if (!b->fibers[t].done && !s.failed) resume(*b, b->fibers[t]);
     }
-    if (s.failed) break;
   }
-  s.block = nullptr;
+}
+
+int run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body, bool together) {
+  State& s = state();
+  const size_t count = static_cast<size_t>(threads.x) * threads.y * threads.z;
+  const long blocks = static_cast<long>(grid.x) * grid.y * grid.z, at_once = together ? blocks : 1;
+  if (blocks == 0 || count == 0 || count > 1024 || grid.y > 65535 || grid.z > 65535) return 9;  // cudaErrorInvalidConfiguration
+  if (together && blocks > s.resident) return 720;                                               // cudaErrorCooperativeLaunchTooLarge
+  s.failed = false;
+  if (count * at_once > s.stack_count) {
+    if (s.stacks) munmap(s.stacks, s.stack_count * STACK);
+    s.stack_count = count * at_once;
+    s.stacks = static_cast<char*>(mmap(nullptr, s.stack_count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  }
+  std::vector<Block> alive(at_once);
+  for (long k = 0; k < at_once; k++) {
+    Block& b = alive[k];
+    b.gdim = grid, b.bdim = threads, b.body = &body, b.dynamic_bytes = dynamic_bytes, b.stacks = s.stacks + k * count * STACK;
+    b.fibers.resize(count);
+  }
+  s.counters.launches++;
+  for (Buffer& buffer : s.buffers) std::fill(buffer.writer.begin(), buffer.writer.end(), 0), std::fill(buffer.seen.begin(), buffer.seen.end(), 0);
+  const std::unique_ptr<Together> shared = together ? start_together(blocks) : nullptr;
+  s.together = shared.get();
+  std::mt19937 random(s.seed);
+  std::vector<long> order(blocks);
+  for (long i = 0; i < blocks; i++) order[i] = i;
+  if (s.seed) std::shuffle(order.begin(), order.end(), random);
+  for (long begin = 0; begin < blocks && !s.failed; begin += at_once) {
+    for (long k = 0; k < at_once; k++) prepare(alive[k], threads, order[begin + k]);
+    run_blocks(alive, random);
+  }
+  s.block = nullptr, s.together = nullptr;
   return s.failed ? FAILED : 0;
 }
 
@@ -272,6 +294,7 @@ void emu_configure(unsigned seed, int fault) {
   emu::state().message.clear();
   emu::state().counters = {};
 }
+void emu_resident(int blocks) { emu::state().resident = blocks; }
 void emu_forget() { emu::state().buffers.clear(); }
 void emu_register(const void* address, size_t bytes, int writable) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);

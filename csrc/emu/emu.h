@@ -6,7 +6,8 @@
 //   shared     bounds; reads of what was never written or is still in flight (cp.async); two accesses, one of them a write, that no barrier
 //              orders (whatever the order in which the fibers happened to run)
 //   global     (buffers that the test registered) bounds, alignment, writes to inputs, one element written by two threads,
-//              reads of what another thread wrote in the same launch
+//              reads of what another thread wrote in the same launch; in a launch whose blocks wait for each other (together.cpp),
+//              accesses by two threads, one of them a write, that no barrier and no counter orders
 // A finding ends the launch; its text is in emu_message(). Threads and blocks run in an order that the seed shuffles.
 // What is not modelled: time, the order of memory operations within a barrier interval beyond the above, hardware's rounding inside mma.
 #pragma once
@@ -81,6 +82,7 @@ struct Block {
   unsigned epoch = 0;
   long progress = 0, index = 0;
   size_t dynamic_bytes = 0;
+  char* stacks = nullptr;
   void* main_sp = nullptr;
   Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
@@ -93,6 +95,14 @@ struct Buffer {  // global memory that a test told of
   bool writable;
   std::vector<uint32_t> writer;     // per 2 bytes: 1 + thread that wrote it in this launch
   std::vector<unsigned char> seen;  // per 2 bytes: 1 read, 2 written in this launch
+  // of blocks that run together, per 2 bytes: when it was written; the thread that read it last; when each block read it last (0: not since)
+  std::vector<uint32_t> written_at, reader, read_at;
+};
+
+struct Together {  // what blocks of one launch know of each other's accesses: together.cpp
+  std::vector<std::vector<unsigned>> known, coming;  // [block][other]: barriers of the other before which all is known; from the next barrier on
+  std::map<const void*, std::vector<unsigned>> released;
+  std::vector<std::string> awaited;  // what a block waits for, if it does
 };
 
 struct Counters {
@@ -109,6 +119,8 @@ struct State {
   unsigned seed = 0;
   int fault = 0;
   bool failed = false;
+  Together* together = nullptr;
+  int resident = 12;  // how many blocks run at once
 };
 State& state();
 
@@ -118,12 +130,22 @@ inline Warp& warp() { return block().warps[fiber().index / 32]; }
 inline int lane() { return fiber().index % 32; }
 void yield();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-int run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body);
+int run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body, bool together = false);
 void wait_block(int site);
 void wait_warp(int site);
 void commit_copies();
 void wait_copies(size_t pending);
-void check_global(const void* address, size_t bytes, bool write, size_t alignment);
+// coherent: it sees what other blocks wrote. `again`: the end of an access that has been counted
+void check_global(const void* address, size_t bytes, bool write, size_t alignment, bool coherent = false, bool again = false);
+
+// --- together.cpp
+std::unique_ptr<Together> start_together(long blocks);
+void check_order(Buffer& buffer, size_t number, size_t element, bool write, bool coherent);
+void pass_barrier();
+std::string waiting(const Together& together);
+void signal(uint32_t* counter);
+void await(const uint32_t* counter, uint32_t value);
+void clear(void* address, size_t bytes);
 
 inline bool fault(int n) { return state().fault == n; }
 
@@ -237,10 +259,11 @@ template <class Chunk> void ldmatrix(uint32_t (&r)[4], const Shared<Chunk>& tile
 // The bytes arrive when the thread waits for them, not before: until then the element is in flight.
 template <class Chunk> void cp_async(const Shared<Chunk>& tile, long index, const void* source, int valid) {
   if (valid < 0 || valid > 16) fail("cp.async of %d valid bytes", valid);
-  if (valid) check_global(source, valid, false, 16);
+  if (valid) check_global(source, valid, false, 16, true);
   tile.check(index, true);
   tile.shadow[index].pending = 1;
   fiber().open.push_back(Copy{[=] {
+    if (valid && state().together) check_global(source, valid, false, 16, true, true);
     tile.shadow[index].pending = 0;
     tile.check(index, true);
     Chunk chunk;

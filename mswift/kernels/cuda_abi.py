@@ -14,6 +14,8 @@ SIGMOID, ERF = 0, 1
 BF16, INT8, NF4 = 0, 1, 2
 CHUNK = 128
 """The vocabulary is worked on in multiples of so many rows, tokens in tiles of as many."""
+HEAD_WORKSPACE = 66816
+"""Bytes of workspace for each block of a head's groups."""
 
 
 class Dropout(ctypes.Structure):
@@ -77,9 +79,10 @@ SIGNATURES = {
     "mswift_outer": "pp",
     "mswift_head_statistics": "pppip",
     "mswift_head_merge": "ppllp",
-    "mswift_head_sweep": "ppppplpippp",
-    "mswift_head_finish": "ppppppppp",
-    "mswift_head_gradient": "ppppl" + "ppiippp",
+    "mswift_head_sweep": "pppppipip",
+    "mswift_head_gradient": "pppppipiippip",
+    "mswift_head_group": "l",
+    "mswift_head_groups": "l",
     "mswift_head_on_chip": "l",
     "mswift_head_sweep_on_chip": "pppppip",
     "mswift_head_gradient_on_chip": "pppppipiipp",
@@ -115,5 +118,5 @@ def threshold_of(probability: float) -> int:
     return max(1, min(255, round(probability * 256))) if probability > 0 else 0
 
 
-__all__ = ["BF16", "CHUNK", "DTYPES", "ERF", "INT8", "NF4", "NORM_BLOCKS", "SIGMOID", "SIGNATURES", "UNSUPPORTED"]
+__all__ = ["BF16", "CHUNK", "DTYPES", "ERF", "HEAD_WORKSPACE", "INT8", "NF4", "NORM_BLOCKS", "SIGMOID", "SIGNATURES", "UNSUPPORTED"]
 __all__ += ["Dropout", "Head", "Linear", "Outer", "c_int32", "functions", "splits_of", "threshold_of"]

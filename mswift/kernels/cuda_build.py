@@ -83,7 +83,7 @@ def build(nvcc: str, folder: Path) -> Path:
         return run(*FLAGS, *targets(chosen, source), "-c", str(source), "-o", str(folder / f"{source.stem}.o"))
 
     # The longest first, so that no core waits at the end.
-    sources = sorted(SOURCE.glob("*.cu"), key=lambda path: path.stem not in ("head", "linear", "linear_hopper", "quantised", "norm"))
+    sources = sorted(SOURCE.glob("*.cu"), key=lambda path: path.stem not in ("head_group", "head", "linear", "linear_hopper", "quantised", "norm"))
     objects = [folder / f"{source.stem}.o" for source in sources]
     try:
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:

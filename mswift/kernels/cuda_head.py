@@ -8,7 +8,6 @@ from torch import Tensor
 from mswift.kernels import cuda_abi as abi
 from mswift.kernels.cuda import Library, dtype_of, pointer
 
-_VOCABULARY_CHUNK = 64 * abi.CHUNK
 _BLOCKS = 132
 """About as many multiprocessors does a large device have: so many blocks are started where each fills one."""
 _LOWEST = -1e30
@@ -49,18 +48,10 @@ def linear_softmax(
         mean2.zero_()
     splits = max(1, min(64, 432 // max(1, (tokens + abi.CHUNK - 1) // abi.CHUNK), (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK))
     partial = hidden.new_empty(splits, 5, tokens, dtype=torch.float32)
-    chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
     if gradient and library.ask("mswift_head_on_chip", hidden, width):
         _sweep_on_chip(library, head, hidden, stats, mean, mean2, scale)
     elif gradient:
-        reference, factors = torch.empty_like(stats[0]), hidden.new_empty(2, tokens, dtype=torch.float32)
-        flags = hidden.new_empty((tokens + abi.CHUNK - 1) // abi.CHUNK, dtype=torch.int32)
-        scratch = hidden.new_empty(tokens, chunk)
-        library.call("mswift_head_sweep", hidden, head, stats, reference, mean, scratch, chunk, partial, splits, factors, flags)
-        if gradient == 2 and scale:
-            distance = torch.zeros_like(stats[:4])
-            distance[2] = 1.0 / scale
-            library.call("mswift_head_gradient", hidden, head, reference, distance, scratch, chunk, mean2, None, 0, 0, None, None)
+        _sweep_by_groups(library, head, hidden, stats, mean, mean2, scale)
     else:
         library.call("mswift_head_statistics", hidden, head, stats, partial, splits)
     top, others, label, spread, _ = stats
@@ -76,9 +67,37 @@ def _sweep_on_chip(library: Library, head: abi.Head, hidden: Tensor, stats: Tens
     parts = hidden.new_empty(splits, tokens, width, dtype=torch.float32) if splits > 1 else None
     library.call("mswift_head_sweep_on_chip", hidden, head, stats, mean, partial, parts, splits)
     if len(mean2) and scale:
-        reference, distance = stats[0].clamp_min(_LOWEST), torch.zeros_like(stats[:4])
-        distance[2] = 1.0 / scale
-        library.call("mswift_head_gradient_on_chip", hidden, head, reference, distance, mean2, parts, splits, None, 0, 0, None)
+        library.call("mswift_head_gradient_on_chip", hidden, head, *_distance(stats, scale), mean2, parts, splits, None, 0, 0, None)
+
+
+def _distance(stats: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What makes of the gradient sums of exp(z - maximum) (z - maximum)."""
+    distance = torch.zeros_like(stats[:4])
+    distance[2] = 1.0 / scale
+    return stats[0].clamp_min(_LOWEST), distance
+
+
+def _workspace(library: Library, hidden: Tensor) -> tuple[int, int, Tensor]:
+    """How many groups of blocks the device holds at once, of how many blocks, and what they pass each other through."""
+    groups, group = (library.ask(name, hidden, hidden.shape[1]) for name in ("mswift_head_groups", "mswift_head_group"))
+    return groups, group, hidden.new_empty(groups * group * abi.HEAD_WORKSPACE, dtype=torch.uint8)
+
+
+def _shares(tiles: int, groups: int, steps: int) -> int:
+    """Into how many parts the vocabulary is cut so that few groups idle in the last round; each part costs a sum of all tokens."""
+    return min(range(1, max(2, min(8, steps) + 1)), key=lambda parts: -(-tiles * parts // max(1, groups)) / parts + 0.02 * parts)
+
+
+def _sweep_by_groups(library: Library, head: abi.Head, hidden: Tensor, stats: Tensor, mean: Tensor, mean2: Tensor, scale: float) -> None:
+    tokens, width = hidden.shape
+    groups, group, workspace = _workspace(library, hidden)
+    splits = _shares((tokens + abi.CHUNK - 1) // abi.CHUNK, groups, head.vocab // (abi.CHUNK * max(1, group)))
+    partial = hidden.new_empty(splits * group, 5, tokens, dtype=torch.float32)
+    parts = hidden.new_empty(splits, tokens, width, dtype=torch.float32) if splits > 1 else None
+    library.call("mswift_head_sweep", hidden, head, stats, mean, partial, parts, splits, workspace, groups)
+    if len(mean2) and scale:
+        last = (mean2, parts, splits, None, 0, 0, None, workspace, groups)
+        library.call("mswift_head_gradient", hidden, head, *_distance(stats, scale), *last)
 
 
 def linear_softmax_grad_weight(
@@ -99,8 +118,6 @@ def linear_softmax_grad_weight(
     if library.ask("mswift_head_on_chip", hidden, hidden.shape[1]):
         library.call("mswift_head_gradient_on_chip", hidden, head, lse.contiguous(), coefficients, None, None, 1, *into)
         return grad_weight, grad_bias
-    chunk = min(_VOCABULARY_CHUNK, (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK * abi.CHUNK)
-    sums = None if bias is None else hidden.new_empty(abi.NORM_BLOCKS + 1, chunk, dtype=torch.float32)
-    scratch = hidden.new_empty(len(labels), chunk)
-    library.call("mswift_head_gradient", hidden, head, lse.contiguous(), coefficients, scratch, chunk, None, *into, sums)
+    groups, _, workspace = _workspace(library, hidden)
+    library.call("mswift_head_gradient", hidden, head, lse.contiguous(), coefficients, None, None, 1, *into, workspace, groups)
     return grad_weight, grad_bias

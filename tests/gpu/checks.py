@@ -204,7 +204,7 @@ def head(library: Library, device: str) -> None:
 
 
 def wide_head(library: Library, device: str) -> None:
-    """Its gradients do not fit on the chip."""
+    """By groups of blocks that wait for each other."""
     check_head(library, device, 648)
 
 

@@ -36,7 +36,7 @@ class Cost(NamedTuple):
 
 HEADER = (
     "| operator (bf16) | size | MB | least | ratio | MFLOP | least | ratio |\n|---|---|---|---|---|---|---|---|",
-    "Beyond a hidden size of 640 probabilities go through memory in bf16, chunk by chunk.",
+    "Beyond a hidden size of 640 the workspace through which blocks pass each other probabilities is in the bytes, once read and once written.",
 )
 
 
@@ -103,67 +103,77 @@ def element_wise(meter: Meter) -> Iterator[Cost]:
 
 def lora(meter: Meter) -> Iterator[Cost]:
     rows, inside, outside, rank = 128, 2048, 2048, 16
-    x, weight, a, b, dy = half(rows, inside), half(outside, inside), half(rank, inside), half(outside, rank), half(rows, outside)
-    low, dlow, y, dx = empty(rows, rank), empty(rows, rank), empty(rows, outside), empty(rows, inside)
-    da, db = unwritten(rank, inside), unwritten(outside, rank)
-    sizes = {"rows": rows}
+    x, weight, a, b = half(rows, inside), half(outside, inside), half(rank, inside), half(outside, rank)
+    low, y, sizes = empty(rows, rank), empty(rows, outside), {"rows": rows}
 
     def forward(e: Emulator) -> None:
         e.call("mswift_linear", linear(x=x, weight=a, out=low, n=rank, k=inside, x_stride=inside, thin=1, **sizes), out=(low,))
         e.call("mswift_linear", linear(x=x, weight=weight, low=low, up=b, out=y, n=outside, k=inside, rank=rank, x_stride=inside, **sizes), out=(y,))
 
-    def backward(e: Emulator) -> None:
+    size = f"{rows} x {inside} -> {outside}, rank {rank}"
+    least = 2 * (rows * (inside + outside) + inside * outside + rank * (rows + inside + outside))
+    yield meter.cost("linear with LoRA", size, forward, least, 2 * rows * (inside * outside + rank * (inside + outside)))
+
+
+def lora_gradients(meter: Meter) -> Iterator[Cost]:
+    """Of the rank that fills the tiles: at 16, where they do four times the adapter's operations, these are 3 % of the layer's."""
+    rows, inside, outside, rank = 128, 2048, 2048, 64
+    x, weight, dy = half(rows, inside), half(outside, inside), half(rows, outside)
+    a, b, low = half(rank, inside), half(outside, rank), half(rows, rank)
+    dlow, dx, da, db, sizes = empty(rows, rank), empty(rows, inside), unwritten(rank, inside), unwritten(outside, rank), {"rows": rows}
+
+    def to_input(e: Emulator) -> None:
         e.call("mswift_linear", linear(x=dy, weight=b, out=dlow, n=rank, k=outside, x_stride=outside, thin=1, columns=1, **sizes), out=(dlow,))
         fields = {"x": dy, "weight": weight, "low": dlow, "up": a, "out": dx, "n": inside, "k": outside, "rank": rank, "x_stride": outside}
         e.call("mswift_linear", linear(**fields, columns=1, **sizes), out=(dx,))
+
+    def to_factors(e: Emulator) -> None:
         e.call("mswift_outer", outer(a=dlow, b=x, out=da, m=rank, n=inside, a_stride=rank, b_stride=inside, **sizes), out=(da,))
         e.call("mswift_outer", outer(a=dy, b=low, out=db, m=outside, n=rank, a_stride=outside, b_stride=rank, **sizes), out=(db,))
 
-    size, base, adapter = f"{rows} x {inside} -> {outside}, rank {rank}", 2 * rows * inside * outside, 2 * rows * rank * (inside + outside)
-    tensors = 2 * (rows * (inside + outside) + inside * outside)
-    factors = 2 * rank * (inside + outside)
-    yield meter.cost("linear with LoRA", size, forward, tensors + factors + 2 * rows * rank, base + adapter)
-    least = tensors + 2 * rows * inside + 2 * rows * rank + 3 * factors
-    yield meter.cost("its gradients", size, backward, least, base + 2 * adapter)
+    size, adapter = f"{rows} x {inside} -> {outside}, rank {rank}", 2 * rows * rank * (inside + outside)
+    least = 2 * (rows * (inside + outside) + inside * outside + rank * (rows + inside + outside))
+    yield meter.cost("its input's gradient", size, to_input, least, 2 * rows * inside * outside + adapter)
+    least = 2 * rows * (inside + outside + 2 * rank) + 4 * rank * (inside + outside)
+    yield meter.cost("its factors' gradients", size, to_factors, least, adapter)
 
 
 def heads_on_chip(meter: Meter) -> Iterator[Cost]:
     return head_of(meter, 256, 256, 3072)
 
 
-def heads_by_chunks(meter: Meter) -> Iterator[Cost]:
-    return head_of(meter, 256, 768, 2048)
+def heads_by_groups(meter: Meter) -> Iterator[Cost]:
+    return head_of(meter, 128, 768, 6144)
 
 
 def head_of(meter: Meter, tokens: int, hidden: int, vocab: int) -> Iterator[Cost]:
     """By the kernels that a head of this hidden size takes."""
-    chunk, on_chip = 1024, meter.emulator.functions["mswift_head_on_chip"](hidden) == 1
+    functions = meter.emulator.functions
     x, weight, labels = half(tokens, hidden), rounded(wide(half(vocab, hidden)) / hidden**0.5), np.arange(tokens)
     structure = head(x=x, weight=weight, labels=labels, tokens=tokens, hidden=hidden, vocab=vocab, size=vocab)
-    stats, partial, acc, scratch = unwritten(5, tokens), unwritten(8, 5, tokens), unwritten(tokens, hidden), empty(tokens, chunk)
+    stats, partial, acc = unwritten(5, tokens), unwritten(8, 5, tokens), unwritten(tokens, hidden)
     size, product, least = f"{tokens} x {hidden}, vocabulary {vocab}", 2 * tokens * hidden * vocab, 2 * hidden * (tokens + vocab) + 28 * tokens
-    if on_chip:
-        arguments: tuple[Any, ...] = ("mswift_head_statistics", structure, stats, partial, 8)
-        yield meter.cost("loss, forward only", size, lambda e: e.call(*arguments, out=(stats, partial)), least, product)
-        sweep: tuple[Any, ...] = ("mswift_head_sweep_on_chip", structure, stats, acc, None, None, 1)
-        outputs: tuple[np.ndarray, ...] = (stats, acc)
-    else:
-        reference, factors, flags = unwritten(tokens), unwritten(2, tokens), unwritten(2, dtype=np.int32)
-        sweep = ("mswift_head_sweep", structure, stats, reference, acc, scratch, chunk, partial, 8, factors, flags)
-        outputs = (stats, reference, acc, scratch, partial, factors, flags)
-    yield meter.cost("loss and input gradient", size, lambda e: e.call(*sweep, out=outputs), least + 4 * tokens * hidden, 2 * product)
     lse, coefficients, dweight = np.full(tokens, 10, dtype=np.float32), np.ones((4, tokens), dtype=np.float32), empty(vocab, hidden)
-    if on_chip:
+    outputs: tuple[np.ndarray, ...] = (stats, acc, partial, dweight)
+    if functions["mswift_head_on_chip"](hidden):
+        statistics = ("mswift_head_statistics", structure, stats, partial, 8)
+        yield meter.cost("loss, forward only", size, lambda e: e.call(*statistics, out=outputs), least, product)
+        sweep: tuple[Any, ...] = ("mswift_head_sweep_on_chip", structure, stats, acc, None, None, 1)
         back: tuple[Any, ...] = ("mswift_head_gradient_on_chip", structure, lse, coefficients, None, None, 1, dweight, 1, 0, None)
     else:
-        back = ("mswift_head_gradient", structure, lse, coefficients, scratch, chunk, None, dweight, 1, 0, None, None)
+        groups = min((tokens + abi.CHUNK - 1) // abi.CHUNK, functions["mswift_head_groups"](hidden))
+        work = unwritten(groups * functions["mswift_head_group"](hidden) * abi.HEAD_WORKSPACE, dtype=np.uint8)
+        sweep = ("mswift_head_sweep", structure, stats, acc, partial, None, 1, work, groups)
+        back = ("mswift_head_gradient", structure, lse, coefficients, None, None, 1, dweight, 1, 0, None, work, groups)
+        outputs += (work,)
+    yield meter.cost("loss and input gradient", size, lambda e: e.call(*sweep, out=outputs), least + 4 * tokens * hidden, 2 * product)
     least += 2 * vocab * hidden
-    yield meter.cost("weight gradient, trained head", size, lambda e: e.call(*back, out=(scratch, dweight)), least, 2 * product)
+    yield meter.cost("weight gradient, trained head", size, lambda e: e.call(*back, out=outputs), least, 2 * product)
 
 
 def table() -> list[Cost]:
     meter = Meter()
-    return [cost for part in (norms, element_wise, lora, heads_on_chip, heads_by_chunks) for cost in part(meter)]
+    return [cost for part in (norms, element_wise, lora, lora_gradients, heads_on_chip, heads_by_groups) for cost in part(meter)]
 
 
 if __name__ == "__main__":

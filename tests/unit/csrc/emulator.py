@@ -20,6 +20,8 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 MODEL = sorted((ROOT / "csrc" / "emu").glob("*.cpp"))
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
 FAILED = 9999
+RESIDENT = 12
+"""So many blocks does the model's device hold at once, unless told otherwise."""
 COUNTERS = ("read", "written", "distinct_read", "distinct_written", "flops", "launches")
 
 
@@ -85,6 +87,10 @@ class Emulator:
         self.library.emu_register.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         self.registered = registered  # False: bounds are AddressSanitizer's business
         self.configure(seed, fault)
+        self.hold(RESIDENT)
+
+    def hold(self, blocks: int) -> None:
+        self.library.emu_resident(ctypes.c_int(blocks))
 
     def configure(self, seed: int = 0, fault: int = 0) -> None:
         self.library.emu_configure(ctypes.c_uint(seed), ctypes.c_int(fault))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mswift.kernels import cuda_abi as abi
-from tests.unit.csrc.emulator import Emulator, Structure, close, given, head, rounded, unwritten, wide
+from tests.unit.csrc.emulator import RESIDENT, Emulator, Structure, close, given, head, rounded, unwritten, wide
 
 
 class Problem(NamedTuple):
@@ -115,13 +115,25 @@ def within(got: np.ndarray, want: np.ndarray, magnitude: np.ndarray) -> None:
     assert error.mean() <= magnitude.mean() * 2.0**-9 + 1e-5 * magnitude.max()
 
 
-def by_chunks(emulator: Emulator, structure: Structure, lse: np.ndarray, coefficients: np.ndarray, rows: int, hidden: int) -> tuple[np.ndarray, ...]:
-    tokens = len(lse)
-    grads, dx, dweight = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(tokens, hidden), unwritten(rows, hidden)
-    dbias, sums = unwritten(rows), unwritten(abi.NORM_BLOCKS + 1, abi.CHUNK)
-    arguments = (structure, lse, coefficients, grads, abi.CHUNK, dx, dweight, 0, 0, dbias, sums)
-    emulator.call("mswift_head_gradient", *arguments, out=(grads, dx, dweight, dbias, sums))
-    return dx, dweight, dbias
+def workspace(emulator: Emulator, hidden: int, groups: int) -> np.ndarray:
+    return unwritten(groups * emulator.functions["mswift_head_group"](hidden) * abi.HEAD_WORKSPACE, dtype=np.uint8)
+
+
+def by_groups(
+    emulator: Emulator, structure: Structure, lse: np.ndarray, coefficients: np.ndarray, rows: int, hidden: int, groups: int = 2
+) -> tuple[np.ndarray, ...]:
+    """Whole by one group and in parts by several; the weight's gradient in fp32, added to what is there, and in bf16."""
+    tokens, before = len(lse), np.linspace(-1, 1, rows * hidden).reshape(rows, hidden).astype(np.float32)
+    dx, again, parts = unwritten(tokens, hidden), unwritten(tokens, hidden), unwritten(2, tokens, hidden)
+    dweight, rounded_dweight, dbias = before.copy(), unwritten(rows, hidden, dtype=np.uint16), unwritten(rows)
+    work = workspace(emulator, hidden, groups)
+    out: tuple[np.ndarray, ...] = (dx, dweight, dbias, work)
+    emulator.call("mswift_head_gradient", structure, lse, coefficients, dx, None, 1, dweight, 0, 1, dbias, work, 1, out=out)
+    arguments = (structure, lse, coefficients, again, parts, 2, rounded_dweight, 1, 0, None, work, groups)
+    emulator.call("mswift_head_gradient", *arguments, out=(again, parts, rounded_dweight, work))
+    close(again, wide(dx), 1e-5)
+    close(rounded_dweight, wide(dweight) - wide(before), 1e-5)
+    return dx, dweight - before, dbias
 
 
 def on_chip(emulator: Emulator, structure: Structure, lse: np.ndarray, coefficients: np.ndarray, rows: int, hidden: int) -> tuple[np.ndarray, ...]:
@@ -137,8 +149,27 @@ def on_chip(emulator: Emulator, structure: Structure, lse: np.ndarray, coefficie
     return dx, dweight - before, dbias
 
 
+def group_problems(random: np.random.Generator) -> list[Problem]:
+    """Groups of two blocks and of three, several steps, the last of them not for all blocks; more tiles of rows than groups."""
+    return [problem(random, 131, 200, 560, padding=3, scale=1.3, bias=True, softcap=5.0), problem(random, 37, 261, 450, padding=70)]
+
+
 def gradient(emulator: Emulator, random: np.random.Generator) -> None:
-    check_gradient(emulator, random, problems(random)[:3], by_chunks)
+    check_gradient(emulator, random, [*problems(random)[:3], *group_problems(random)], by_groups)
+
+
+def several_passes(emulator: Emulator, random: np.random.Generator) -> None:
+    """More columns than blocks fit on the device: the same again for the rest of them."""
+    case = problem(random, 3, 261, 300, padding=4, bias=True)
+    emulator.hold(4)
+    assert [emulator.functions["mswift_head_group"](hidden) for hidden in (1, 512, 513, 1536, 1537)] == [1, 4, 3, 4, 4]
+    assert [emulator.functions["mswift_head_groups"](hidden) for hidden in (1, 256, 384, 10**6)] == [4, 2, 1, 1]
+    emulator.hold(2)
+    try:
+        check_gradient(emulator, random, [case], partial(by_groups, groups=1))
+        check_sweep(emulator, random, case, partial(sweep_by_groups, splits=2))
+    finally:
+        emulator.hold(RESIDENT)
 
 
 def gradient_on_chip(emulator: Emulator, random: np.random.Generator) -> None:
@@ -167,51 +198,50 @@ def check_gradient(emulator: Emulator, random: np.random.Generator, cases: list[
         within(whole, dz @ wide(case.weight), np.abs(dz) @ np.abs(wide(case.weight)))
 
 
-def rising(random: np.random.Generator) -> Problem:
-    """Logits that pass the reference of the first tile by hundreds in the second chunk for some tokens: their chunk has to be done again."""
-    case = problem(random, 134, 32, 200)
+def rising(random: np.random.Generator, tokens: int = 134, hidden: int = 32, vocab: int = 200) -> Problem:
+    """Logits that pass those of the first rows of the vocabulary by hundreds, for some tokens."""
+    case = problem(random, tokens, hidden, vocab)
     weight = wide(case.weight)
-    weight[:128] *= 0.1
+    weight[: vocab * 2 // 3] *= 0.1
     x = wide(case.x)
     x[3] *= 300
     x[131] *= 100
     return case._replace(x=rounded(x), weight=rounded(weight))
 
 
-def sweep_by_chunks(emulator: Emulator, structure: Structure, tokens: int, hidden: int, repairs: bool) -> tuple[np.ndarray, ...]:
-    tiles = (tokens + abi.CHUNK - 1) // abi.CHUNK
-    stats, reference, acc, factors = unwritten(5, tokens), unwritten(tokens), unwritten(tokens, hidden), unwritten(2, tokens)
-    probabilities, several, flags = unwritten(tokens, abi.CHUNK, dtype=np.uint16), unwritten(2, 5, tokens), unwritten(tiles, dtype=np.int32)
-    outputs = (stats, reference, acc, probabilities, several, factors, flags)
-    arguments = (structure, stats, reference, acc, probabilities, abi.CHUNK, several, 2, factors, flags)
-    emulator.call("mswift_head_sweep", *arguments, out=outputs)
-    assert not repairs or (flags == [1, 1]).all()
-    return stats, reference, acc
+def sweep_by_groups(emulator: Emulator, structure: Structure, tokens: int, hidden: int, splits: int) -> tuple[np.ndarray, ...]:
+    """By one group where each has all of the vocabulary, else by two that share it."""
+    group, groups = emulator.functions["mswift_head_group"](hidden), min(splits, emulator.functions["mswift_head_groups"](hidden))
+    stats, acc, partial_stats = unwritten(5, tokens), unwritten(tokens, hidden), unwritten(splits * group, 5, tokens)
+    parts, work = unwritten(splits if splits > 1 else 0, tokens, hidden), workspace(emulator, hidden, groups)
+    outputs = (stats, acc, partial_stats, parts, work)
+    emulator.call("mswift_head_sweep", structure, stats, acc, partial_stats, parts, splits, work, groups, out=outputs)
+    return stats, acc
 
 
-def sweep_whole(emulator: Emulator, structure: Structure, tokens: int, hidden: int, repairs: bool) -> tuple[np.ndarray, ...]:
+def sweep_whole(emulator: Emulator, structure: Structure, tokens: int, hidden: int) -> tuple[np.ndarray, ...]:
     assert emulator.functions["mswift_head_on_chip"](hidden) == 1
     stats, acc = unwritten(5, tokens), unwritten(tokens, hidden)
     emulator.call("mswift_head_sweep_on_chip", structure, stats, acc, None, None, 1, out=(stats, acc))
-    return stats, stats[0].copy(), acc
+    return stats, acc
 
 
-def sweep_in_parts(emulator: Emulator, structure: Structure, tokens: int, hidden: int, repairs: bool) -> tuple[np.ndarray, ...]:
+def sweep_in_parts(emulator: Emulator, structure: Structure, tokens: int, hidden: int) -> tuple[np.ndarray, ...]:
     stats, acc, several, parts = unwritten(5, tokens), unwritten(tokens, hidden), unwritten(3, 5, tokens), unwritten(3, tokens, hidden)
     emulator.call("mswift_head_sweep_on_chip", structure, stats, acc, several, parts, 3, out=(stats, acc, several, parts))
-    return stats, stats[0].copy(), acc
+    return stats, acc
 
 
 def sweep(emulator: Emulator, random: np.random.Generator) -> None:
-    cases = (*((case, False) for case in problems(random)), (rising(random), True))
-    for case, repairs in cases:
-        check_sweep(emulator, random, case, partial(sweep_by_chunks, repairs=repairs))
+    for case in (*problems(random), rising(random), *group_problems(random), rising(random, 132, 130, 600)):
+        for splits in (1, 2):
+            check_sweep(emulator, random, case, partial(sweep_by_groups, splits=splits))
 
 
 def sweep_on_chip(emulator: Emulator, random: np.random.Generator) -> None:
     for case in (*problems(random), *wide_problems(random), rising(random)):
         for run in (sweep_whole, sweep_in_parts):
-            check_sweep(emulator, random, case, partial(run, repairs=False))
+            check_sweep(emulator, random, case, run)
 
 
 def check_sweep(emulator: Emulator, random: np.random.Generator, case: Problem, run: Callable[..., tuple[np.ndarray, ...]]) -> None:
@@ -221,18 +251,20 @@ def check_sweep(emulator: Emulator, random: np.random.Generator, case: Problem, 
     of_label, of_prob = random.normal(size=(2, tokens)).astype(np.float32)
     whole, parts = np.zeros((tokens, hidden)), unwritten(case.ranks, 5, tokens)
     swept = []
-    for (_, structure, _), part in zip(case.shards(), parts):
-        stats, reference, acc = run(emulator, structure, tokens, hidden)
+    for (first, structure, weight), part in zip(case.shards(), parts):
+        stats, acc = run(emulator, structure, tokens, hidden)
         part[:] = stats
-        swept.append((structure, reference, acc))
+        swept.append((first, weight, stats[0], acc))
     merged = unwritten(5, tokens)
     emulator.call("mswift_head_merge", parts, merged, case.ranks, tokens, out=(merged,))
     check_statistics(case, merged)
-    lse32, label32 = (merged[0] + np.log(merged[1])).astype(np.float32), merged[2].copy()
-    for structure, reference, acc in swept:
-        dx = unwritten(tokens, hidden, dtype=np.uint16)
-        emulator.call("mswift_head_finish", structure, acc, reference, lse32, label32, of_label, of_prob, dx, out=(dx,))
-        whole += wide(dx)
+    lse = merged[0] + np.log(merged[1].astype(np.float64))
+    of_row = case.scale * of_label * (1 - (merged[2] / case.softcap) ** 2 if case.softcap else 1.0)
+    for first, weight, top, acc in swept:
+        whole += (case.scale * of_prob * np.exp(top - lse))[:, None] * acc
+        label = case.labels - first
+        here = (label >= 0) & (label < len(weight))
+        whole[here] += of_row[here, None] * wide(weight)[label[here]]
     dz = p * wide(of_prob)[:, None]
     dz[np.arange(tokens), case.labels] += of_label
     want = (dz * case.slope() * case.scale) @ wide(case.weight[: case.size])
@@ -241,30 +273,21 @@ def check_sweep(emulator: Emulator, random: np.random.Generator, case: Problem, 
     assert np.abs(whole - want).mean() <= 2e-3 * np.abs(want).max()
 
 
-def plain_finish(emulator: Emulator, random: np.random.Generator) -> None:
-    """Without a reference the sums are only rounded."""
-    case = problem(random, 4, 19, 32)
-    acc, dx = random.normal(size=(4, 19)).astype(np.float32), unwritten(4, 19, dtype=np.uint16)
-    ((_, structure, _),) = case.shards()
-    emulator.call("mswift_head_finish", structure, acc, None, None, None, None, None, dx, out=(dx,))
-    close(dx, wide(acc), 1e-7)
-
-
 def without_label(emulator: Emulator, random: np.random.Generator) -> None:
-    check_without_label(emulator, random, partial(sweep_by_chunks, repairs=False), chip=False)
+    check_without_label(emulator, random, partial(sweep_by_groups, splits=2), chip=False)
 
 
 def without_label_on_chip(emulator: Emulator, random: np.random.Generator) -> None:
-    check_without_label(emulator, random, partial(sweep_in_parts, repairs=False), chip=True)
+    check_without_label(emulator, random, sweep_in_parts, chip=True)
 
 
 def check_without_label(emulator: Emulator, random: np.random.Generator, run: Callable[..., tuple[np.ndarray, ...]], *, chip: bool) -> None:
     """Sums over all rows but the label's, which dominates by a thousand; the same rows averaged for both kinds of gradient."""
-    tokens, hidden, vocab, cap = 4, 24, 150, 0.0
+    tokens, hidden, vocab, cap = 4, 24 if chip else 140, 150, 0.0
     case = problem(random, tokens, hidden, vocab, softcap=cap)
-    weight = wide(case.weight)
-    weight[case.labels] = wide(case.x) * 40
-    case = case._replace(weight=rounded(weight))
+    x, weight = wide(case.x) * (np.arange(hidden) % tokens == np.arange(tokens)[:, None]), wide(case.weight)
+    weight[case.labels] = x * 40  # and 0 for the other tokens
+    case = case._replace(x=rounded(x), weight=rounded(weight))
     structure = head(
         x=case.x, weight=case.weight, labels=case.labels, tokens=tokens, hidden=hidden, vocab=vocab, size=vocab, softcap=cap, without_label=1
     )
@@ -273,9 +296,8 @@ def check_without_label(emulator: Emulator, random: np.random.Generator, run: Ca
     others[np.arange(tokens), case.labels] = False
     top = np.where(others, z, -np.inf).max(1)
     e = np.where(others, np.exp(np.where(others, z, 0) - top[:, None]), 0)
-    stats, reference, acc = run(emulator, structure, tokens, hidden)
+    stats, acc = run(emulator, structure, tokens, hidden)
     close(stats[0], top, 1e-6)
-    close(reference, top, 1e-6)
     logit_error = 3e-7 * np.abs(z).max()  # which is the relative error of its exponential
     close(stats[1], e.sum(1), logit_error)
     close(stats[2], z[np.arange(tokens), case.labels], 1e-6)
@@ -283,15 +305,15 @@ def check_without_label(emulator: Emulator, random: np.random.Generator, run: Ca
     within(acc, e @ wide(case.weight), e @ np.abs(wide(case.weight)))
     coefficients, dx = np.zeros((4, tokens), dtype=np.float32), unwritten(tokens, hidden)
     coefficients[2] = 1
+    reference = stats[0].copy()
     if chip:  # by the kernel that gave the reference: another one adds the logits up in another order
         emulator.call("mswift_head_gradient_on_chip", structure, reference, coefficients, dx, None, 1, None, 0, 0, None, out=(dx,))
     else:
-        scratch = unwritten(tokens, abi.CHUNK, dtype=np.uint16)
-        arguments = (structure, reference, coefficients, scratch, abi.CHUNK, dx, None, 0, 0, None, None)
-        emulator.call("mswift_head_gradient", *arguments, out=(scratch, dx))
+        work = workspace(emulator, hidden, 1)
+        emulator.call("mswift_head_gradient", structure, reference, coefficients, dx, None, 1, None, 0, 0, None, work, 1, out=(dx, work))
     weighted = e * np.where(others, z - top[:, None], 0)
     within(dx, weighted @ wide(case.weight), np.abs(weighted) @ np.abs(wide(case.weight)))
 
 
-_ALL = (statistics, gradient, gradient_on_chip, sweep, sweep_on_chip, plain_finish, without_label, without_label_on_chip)
+_ALL = (statistics, gradient, several_passes, gradient_on_chip, sweep, sweep_on_chip, without_label, without_label_on_chip)
 CASES = {case.__name__: case for case in _ALL}

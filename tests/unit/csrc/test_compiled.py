@@ -37,6 +37,8 @@ BUDGETS = {
     **dict.fromkeys(("linear", "outer", "head_tiles"), Budget(128, STATIC_SHARED)),
     # one block fills it: the gradients of 64 rows lie in its registers
     "head_rows": Budget(255, 36 * 1024),
+    # one block fills it as well: a tile of logits and one of the gradient
+    "head_group": Budget(255, 14 * 1024),
 }
 
 

@@ -1,4 +1,4 @@
-"""The table of docs/kernels.md is what the kernels do now, and no more than a tenth above the least where nothing forces more."""
+"""The table of docs/kernels.md is what the kernels do now, and no more than a tenth above the least."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.unit.csrc.emulator import ROOT
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the execution model cannot be compiled")
 
 
-def check(found: Iterable[costs.Cost], *, bytes_too: bool) -> int:
+def check(found: Iterable[costs.Cost]) -> int:
     text, count = (ROOT / "docs" / "kernels.md").read_text(encoding="utf8"), 0
     for cost in found:
         assert cost.row() in text, f"docs/kernels.md: the row of {cost.name} is now {cost.row()}"
-        assert cost.flops <= 1.1 * cost.least_flops + 0.02 * cost.flops, cost.name
+        assert cost.flops <= 1.1 * cost.least_flops, cost.name
         assert cost.least_bytes <= cost.bytes, f"{cost.name} does not touch all that it has to"
-        assert not bytes_too or cost.bytes <= 1.1 * cost.least_bytes, cost.name
+        assert cost.bytes <= 1.1 * cost.least_bytes, cost.name
         count += 1
     assert costs.HEADER[0] in text
     return count
@@ -27,13 +27,14 @@ def check(found: Iterable[costs.Cost], *, bytes_too: bool) -> int:
 
 def test_rows_and_elements() -> None:
     meter = costs.Meter()
-    assert check(costs.norms(meter), bytes_too=True) == 2
-    assert check(costs.element_wise(meter), bytes_too=True) == 6
+    assert check(costs.norms(meter)) == 2
+    assert check(costs.element_wise(meter)) == 6
 
 
 @pytest.mark.slow
 def test_products() -> None:
     meter = costs.Meter()
-    assert check(costs.lora(meter), bytes_too=False) == 2
-    assert check(costs.heads_on_chip(meter), bytes_too=True) == 3
-    assert check(costs.heads_by_chunks(meter), bytes_too=False) == 2
+    assert check(costs.lora(meter)) == 1
+    assert check(costs.lora_gradients(meter)) == 2
+    assert check(costs.heads_on_chip(meter)) == 3
+    assert check(costs.heads_by_groups(meter)) == 2

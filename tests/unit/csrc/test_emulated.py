@@ -41,13 +41,21 @@ FAULTS = {
     18: ("a shard forgets where in the vocabulary it lies", "statistics", "off by|assert"),
     19: ("statistics of a tile read before all warps wrote theirs", "statistics", "race|nobody has written"),
     20: ("tiles of neighbouring blocks overlap", "plain_linear", "another thread wrote"),
-    21: ("a chunk far above its reference is not done again", "sweep", "assert|finite"),
-    22: ("a repaired chunk is scaled as if it were not", "sweep", "assert|finite"),
+    21: ("a block multiplies with its neighbour's slice of the hidden size", "gradient", "off by|assert"),
+    22: ("a bias's gradient without the other blocks' tokens", "gradient", "assert"),
     23: ("some lanes leave before a shuffle", "permute", "left|have left"),
     27: ("sums on chip not brought to the new reference", "sweep_on_chip", "assert"),
     28: ("partial logits read before all warps wrote theirs", "sweep_on_chip", "race|nobody has written"),
     29: ("probabilities on chip read before they are there", "gradient_on_chip", "race|nobody has written"),
     30: ("parts on chip joined without regard for their maxima", "sweep_on_chip", "assert"),
+    31: ("tiles of the other blocks not awaited", "gradient", "unordered: read"),
+    32: ("one buffer where two are needed: written while others still read it", "gradient", "unordered: write"),
+    33: ("maxima of the other blocks not awaited", "sweep", "unordered: read"),
+    34: ("each block takes its own maximum for the reference", "sweep", "assert"),
+    35: ("sums of a group not brought to the new reference", "sweep", "assert"),
+    36: ("other blocks are told before all threads have written", "sweep", "unordered: read"),
+    37: ("a block without rows of its own leaves its group", "gradient", "deadlock: block 0 waits for"),
+    38: ("what other blocks wrote read past the caches that see it", "sweep", "past the caches"),
     25: ("rows of a group's mask counted from the first of all", "grouped", "off by"),
     40: ("weights of a group by the place of the one before", "grouped", "off by"),
     26: ("the same in the gradient of a weight", "grouped", "off by"),
@@ -141,6 +149,23 @@ def test_the_kernel_for_hopper_leaves_to_the_other_what_it_does_not_do(library: 
         with hopper_cases.wgmma(emulator, count, asked):
             emulator.call("mswift_linear", linear(x=x, weight=weight, out=out, rows=70, n=72, k=k, x_stride=k), out=(out,))
             close(out, wide(x) @ wide(weight).T, 1e-6)
+
+
+def test_blocks_that_wait_for_each_other_have_to_fit_on_the_device(library: Path) -> None:
+    emulator, tokens, hidden = Emulator(library), 4, 130
+    case = head_cases.problem(np.random.default_rng(0), tokens, hidden, 40)
+    ((_, structure, _),) = case.shards()
+    stats, acc, partial, work = unwritten(5, tokens), unwritten(tokens, hidden), unwritten(16, 5, tokens), head_cases.workspace(emulator, hidden, 8)
+    parts = unwritten(8, tokens, hidden)
+    assert emulator.functions["mswift_head_groups"](hidden) == 6
+    arguments = ("mswift_head_sweep", structure, stats, acc, partial, parts, 8, work)
+    with pytest.raises(RuntimeError, match="returned 720"):
+        emulator.call(*arguments, 7, out=(stats, acc, partial, parts, work))
+    assert emulator.counters()["launches"] == 0
+    with pytest.raises(RuntimeError, match=f"returned {abi.UNSUPPORTED}"):
+        emulator.call(*arguments, 0, out=(stats, acc, partial, parts, work))
+    emulator.call(*arguments, 6, out=(stats, acc, partial, parts, work))
+    assert np.isfinite(acc).all()
 
 
 def test_sizes_that_a_kernel_does_not_do_are_refused(library: Path) -> None:

@@ -87,9 +87,11 @@ def test_norms_gates_and_rotations(emulated: Emulated, dtype: torch.dtype) -> No
         both(lambda q: rotate(q.transpose(0, 1)[:, :, 1:], table[:, :2], interleaved=interleaved), [fused], emulated, 2, LIMITS[dtype])  # noqa: B023
 
 
-def test_the_head(emulated: Emulated) -> None:
-    """Forward, and gradients of hidden states, weight and bias; the entropy's too."""
-    hidden, weight, bias = draw(7, 32, dtype=BF16), draw(150, 32, seed=1, dtype=BF16), draw(150, seed=2, dtype=BF16)
+@pytest.mark.parametrize("width", [32, 648])
+def test_the_head(emulated: Emulated, width: int) -> None:
+    """Forward, and gradients of hidden states and weight, by single blocks and by groups of six; the entropy's too."""
+    assert emulated.ask("mswift_head_on_chip", torch.empty(0), width) == (width == 32)
+    hidden, weight, bias = draw(7, width, dtype=BF16), (draw(150, width, seed=1) * (32 / width) ** 0.5).to(BF16), draw(150, seed=2, dtype=BF16)
     labels = torch.tensor([3, -100, 120, 0, 77, 139, 128])
     common = {"bias": bias, "vocab_size": 140, "logit_scale": 0.9, "softcap": 6.0}
 
