@@ -36,8 +36,10 @@ struct Problem {
         window(window > 0 ? window : std::numeric_limits<int32_t>::max()), scale(static_cast<float>(scale)) {
     const Tensor ends = bounds.to(at::kLong).contiguous();
     const int64_t* end = ends.const_data_ptr<int64_t>();
+    TORCH_CHECK(end[0] == 0 && end[ends.numel() - 1] == tokens, "causal_attention: bounds must rise from 0 to the number of tokens, ", tokens, ", got ", end[0],
+                " to ", end[ends.numel() - 1]);
     for (int64_t i = 0; i + 1 < ends.numel(); i++) {
-      TORCH_CHECK(end[i] <= end[i + 1] && end[i] >= 0 && end[i + 1] <= tokens, "causal_attention: bounds must rise from 0 to the number of tokens, ", tokens);
+      TORCH_CHECK(end[i] <= end[i + 1], "causal_attention: bounds must rise from 0 to the number of tokens, ", tokens);
       const int64_t step = chunk > 0 ? chunk : std::max<int64_t>(1, end[i + 1] - end[i]);
       for (int64_t first = end[i]; first < end[i + 1]; first += step) {
         const int64_t length = std::min(step, end[i + 1] - first);
@@ -303,7 +305,8 @@ struct Backward {
 
 static Tensor with_plain_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-static void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds, const std::optional<Tensor>& sinks, double scale) {
+static void check(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds, const std::optional<Tensor>& sinks, double scale, int64_t window, int64_t chunk) {
   TORCH_CHECK((q.dim() == 4 || q.dim() == 5) && k.dim() == 4 && v.dim() == 4, "causal_attention: q, k and v must be [s, b, heads or groups, columns]");
   TORCH_CHECK(q.dim() == 4 || q.size(2) == k.size(2), "causal_attention: q of five dimensions must be [s, b, groups, heads of each, columns]");
   TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16, "causal_attention: q must be float32 or bfloat16, got ", q.scalar_type());
@@ -313,13 +316,14 @@ static void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   TORCH_CHECK(k.size(3) == q.size(-1) && q.size(-1) % 16 == 0 && v.size(3) % 16 == 0, "causal_attention: the width of a head must be a multiple of 16");
   TORCH_CHECK(bounds.dim() == 1 && bounds.numel() >= 1, "causal_attention: bounds must be [rows + 1]");
   TORCH_CHECK(scale > 0, "causal_attention: scale must be above 0, got ", scale);
+  TORCH_CHECK(window >= 0 && chunk >= 0, "causal_attention: window and chunk must be above 0, or 0 for none, got ", window, " and ", chunk);
   TORCH_CHECK(!sinks || (sinks->numel() == heads_of(q) && sinks->scalar_type() == at::kFloat), "causal_attention: sinks must be float32 [heads]");
 }
 
 static std::tuple<Tensor, Tensor> forward(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& bounds, const std::optional<Tensor>& sinks_, double scale, int64_t window,
     int64_t chunk) {
-  check(q_, k_, v_, bounds, sinks_, scale);
+  check(q_, k_, v_, bounds, sinks_, scale, window, chunk);
   const Tensor q = with_plain_rows(q_), k = with_plain_rows(k_), v = with_plain_rows(v_), sinks = sinks_ ? sinks_->contiguous() : Tensor();
   const Problem p(q, k, v, bounds, scale, window, chunk);
   Tensor out = at::empty({p.tokens, p.batch, p.heads, p.dv}, q.options()), lse = at::empty({p.batch, p.heads, p.tokens}, q.options().dtype(at::kFloat));
@@ -331,10 +335,14 @@ static std::tuple<Tensor, Tensor> forward(
 }
 
 static std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& out, const Tensor& lse, const Tensor& bounds, double scale,
+    const Tensor& grad_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& out_, const Tensor& lse_, const Tensor& bounds, double scale,
     int64_t window, int64_t chunk) {
-  check(q_, k_, v_, bounds, std::nullopt, scale);
-  const Tensor grad = with_plain_rows(grad_), q = with_plain_rows(q_), k = with_plain_rows(k_), v = with_plain_rows(v_);
+  check(q_, k_, v_, bounds, std::nullopt, scale, window, chunk);
+  const std::vector<int64_t> shape{q_.size(0), q_.size(1), heads_of(q_), v_.size(3)}, by_head{q_.size(1), heads_of(q_), q_.size(0)};
+  TORCH_CHECK(out_.sizes() == shape && out_.scalar_type() == q_.scalar_type(), "causal_attention_backward: out must be ", at::IntArrayRef(shape), " in the dtype of q, got ", out_.sizes());
+  TORCH_CHECK(grad_.sizes() == shape && grad_.scalar_type() == q_.scalar_type(), "causal_attention_backward: grad must be as out, ", at::IntArrayRef(shape), ", got ", grad_.sizes());
+  TORCH_CHECK(lse_.sizes() == by_head && lse_.scalar_type() == at::kFloat, "causal_attention_backward: lse must be float32 ", at::IntArrayRef(by_head), ", got ", lse_.sizes());
+  const Tensor grad = with_plain_rows(grad_), out = with_plain_rows(out_), lse = lse_.contiguous(), q = with_plain_rows(q_), k = with_plain_rows(k_), v = with_plain_rows(v_);
   const Problem p(q, k, v, bounds, scale, window, chunk);
   Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
   if (q.scalar_type() == at::kFloat)

@@ -134,8 +134,11 @@ static std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_, const T
 }
 
 static Tensor rms_norm_backward(
-    const Tensor& grad_, const std::optional<Tensor>& grad_sum_, const Tensor& x_, const Tensor& weight, const Tensor& rstd, bool zero_centred) {
-  const Tensor grad = grad_.contiguous(), x = x_.contiguous(), w = factors(weight, zero_centred), grad_sum = grad_sum_ ? grad_sum_->contiguous() : Tensor();
+    const Tensor& grad_, const std::optional<Tensor>& grad_sum_, const Tensor& x_, const Tensor& weight, const Tensor& rstd_, bool zero_centred) {
+  check_norm(x_, weight, "rms_norm_backward");
+  TORCH_CHECK(rstd_.sizes() == x_.sizes().slice(0, x_.dim() - 1) && rstd_.scalar_type() == at::kFloat, "rms_norm_backward: rstd must be float32, one a row of x, got ",
+              rstd_.sizes());
+  const Tensor rstd = rstd_.contiguous(), grad = grad_.contiguous(), x = x_.contiguous(), w = factors(weight, zero_centred), grad_sum = grad_sum_ ? grad_sum_->contiguous() : Tensor();
   TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "rms_norm_backward: grad must be as x");
   TORCH_CHECK(!grad_sum.defined() || (grad_sum.sizes() == x.sizes() && grad_sum.scalar_type() == x.scalar_type()), "rms_norm_backward: grad_sum must be as x");
   const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
@@ -177,8 +180,12 @@ static Tensor gated(const Tensor& x_, double slope, double cubic, double limit, 
 }
 
 static Tensor gated_backward(const Tensor& grad_, const Tensor& x_, double slope, double cubic, double limit, double offset) {
+  TORCH_CHECK(x_.dim() >= 1 && x_.size(-1) % 2 == 0, "gated_activation_backward: x must be [..., gate and up side by side], got ", x_.sizes());
+  auto half = x_.sizes().vec();
+  half.back() /= 2;
   const Tensor grad = grad_.contiguous(), x = x_.contiguous();
-  TORCH_CHECK(grad.numel() * 2 == x.numel() && grad.scalar_type() == x.scalar_type(), "gated_activation_backward: grad must be half of x");
+  TORCH_CHECK(grad.sizes() == half && grad.scalar_type() == x.scalar_type(), "gated_activation_backward: grad must be ", at::IntArrayRef(half), " in the dtype of x, got ",
+              grad.sizes());
   const Gate g = gate_of(slope, cubic, limit, offset);
   const int64_t n = grad.size(-1), rows = n ? grad.numel() / n : 0;
   Tensor dx = at::empty(x.sizes(), x.options());

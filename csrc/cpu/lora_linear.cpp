@@ -224,13 +224,16 @@ std::vector<T> flip(const T* low, int64_t rows, int64_t rank) {
 
 // ---- operators ---------------------------------------------------------------------------------------------------------------------------
 
+void check_factor(const OptionalTensor& factor, int64_t out) {
+  TORCH_CHECK(!factor || (factor->scalar_type() == at::kFloat && factor->dim() == 1 && factor->size(0) == out), "factor: wanted float32 [", out, "]");
+}
+
 void check_factors(const Tensor& weight, const Tensor& a, const Tensor& b, const OptionalTensor& factor) {
   TORCH_CHECK(weight.dim() == 2, "weight: got ", weight.dim(), " dimensions, wanted [out, in]");
   TORCH_CHECK(a.dim() == 2 && a.size(0) >= 1 && a.size(1) == weight.size(1), "a: got ", a.sizes(), ", wanted [rank, ", weight.size(1), "]");
   TORCH_CHECK(b.dim() == 2 && b.size(0) == weight.size(0) && b.size(1) == a.size(0), "b: got ", b.sizes(), ", wanted [", weight.size(0), ", ", a.size(0), "]");
   TORCH_CHECK(a.scalar_type() == weight.scalar_type() && b.scalar_type() == weight.scalar_type(), "a, b: wanted the type of weight, ", weight.scalar_type());
-  TORCH_CHECK(!factor || (factor->scalar_type() == at::kFloat && factor->dim() == 1 && factor->size(0) == weight.size(0)), "factor: wanted float32 [",
-              weight.size(0), "]");
+  check_factor(factor, weight.size(0));
 }
 
 /// Sizes of bf16 operands have to be even: they are multiplied in pairs.
@@ -345,11 +348,15 @@ std::tuple<Tensor, Tensor> lora_linear_grad_input(const Tensor& grad_, const Ten
 std::tuple<Tensor, Tensor, Tensor> lora_linear_grad_factors(const Tensor& grad_, const Tensor& x_, const Tensor& low_, const Tensor& grad_low_,
                                                             const OptionalTensor& factor, const Tensor& inner_, at::IntArrayRef dropout) {
   TORCH_CHECK(grad_.dim() == 2 && x_.dim() == 2 && grad_.size(0) == x_.size(0), "grad: wanted [tokens, out] with the tokens of x, ", x_.sizes());
+  TORCH_CHECK(low_.dim() == 2, "low: got ", low_.dim(), " dimensions, wanted [tokens, rank]");
   const int64_t rows = x_.size(0), in = x_.size(1), out = grad_.size(1), rank = low_.size(1);
   check_rows(x_, in, "x", low_, rank);
   check_rows(grad_, out, "grad", low_, rank);
   TORCH_CHECK(low_.size(0) == rows && grad_low_.sizes() == low_.sizes(), "low, grad_low: wanted [", rows, ", rank] each");
-  TORCH_CHECK(!factor || inner_.sizes() == grad_.sizes(), "inner: wanted ", grad_.sizes(), " with a factor");
+  TORCH_CHECK(grad_low_.scalar_type() == low_.scalar_type(), "grad_low: got ", grad_low_.scalar_type(), ", wanted the type of low, ", low_.scalar_type());
+  check_factor(factor, out);
+  TORCH_CHECK(!factor || (inner_.sizes() == grad_.sizes() && inner_.scalar_type() == grad_.scalar_type()), "inner: wanted ", grad_.sizes(),
+              " in the type of grad with a factor, got ", inner_.scalar_type(), " ", inner_.sizes());
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), low = low_.contiguous(), grad_low = grad_low_.contiguous(), inner = inner_.contiguous();
   Tensor kept_factor;
   const float* factors = floats(factor, kept_factor);

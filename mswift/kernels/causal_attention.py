@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, extension
+from mswift.kernels import checks, choice, extension, functions
 
 NAME = "attention"
 
@@ -33,6 +33,24 @@ choice.register(NAME, "causal attention without a matrix of scores or masks, pac
 def usable(query: Tensor, key: Tensor, value: Tensor, *, softcap: float | None, dropout_p: float) -> bool:
     """Whether the kernel runs for these tensors and options."""
     return softcap is None and dropout_p == 0.0 and choice.compiled(NAME, query, key, value)
+
+
+def check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *, scale: float | None, window: int | None, chunk: int | None) -> None:
+    """Refuse, by the names of the faces, what does not fit to `key` ``[..., groups, d]``."""
+    front, groups, d = tuple(key.shape[:-2]), key.shape[-2], key.shape[-1]
+    apart = query.dim() == key.dim() + 1  # the heads of each group in a dim of their own
+    checks.expect("query", query, (*front, groups, query.shape[-2], d) if apart else (*front, *query.shape[len(front) : -1], d))
+    checks.expect("key", key, (*front, groups, d), query.dtype)
+    checks.expect("value", value, (*front, groups, *value.shape[-1:]), query.dtype)
+    heads = query.shape[len(front) : -1].numel()
+    if query.dim() not in (key.dim(), key.dim() + 1) or not groups or heads % groups:
+        raise ValueError(f"query: got {list(query.shape)}, wanted a multiple of {groups} heads, one or some for each group of key")
+    if sinks is not None:
+        checks.expect("sinks", sinks, (heads,))
+    if scale is not None and not scale > 0.0:
+        raise ValueError(f"scale: got {scale}, wanted more than 0")
+    checks.at_least("window", 1 if window is None else window, 1)
+    checks.at_least("chunk", 1 if chunk is None else chunk, 1)
 
 
 def causal_attention(
@@ -59,7 +77,13 @@ def causal_attention(
     Returns:
         ``[s, b, heads, dv]`` in the dtype of `query`.
     """
-    if bounds is None:
+    if key.dim() != 4:
+        checks.expect("key", key, ("s", "b", "groups", "d"))
+    check(query, key, value, sinks, scale=scale, window=window, chunk=chunk)
+    if bounds is not None:
+        checks.expect("bounds", bounds, ("rows + 1",))
+        checks.rising("bounds", bounds, query.shape[0])
+    else:
         bounds = torch.tensor([0, query.shape[0]], dtype=torch.int32)
     wide_sinks = None if sinks is None else sinks.float()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -73,6 +97,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
+@functions.backward(NAME)
 def _gradients(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8

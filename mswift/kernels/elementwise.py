@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mswift.kernels import choice, cuda_operators, extension
+from mswift.kernels import checks, choice, cuda_operators, extension, functions
 
 
 def _fits(x: Tensor, *others: Tensor) -> str | None:
@@ -36,6 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = Fals
     Args:
         x: ``[..., hidden]``. weight: ``[hidden]``; `zero_centred`: one is added to it.
     """
+    checks.expect("weight", weight, tuple(x.shape[-1:]))
     if choice.compiled("rms_norm", x, weight):
         return torch.ops.mswift.rms_norm(x, weight, eps, zero_centred)[0]
     if zero_centred:  # 1 + weight does not fit into bf16
@@ -45,6 +46,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = Fals
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, zero_centred: bool = False) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual), x + residual)``: the sum is rounded to the dtype of `x` and then normalised, as two steps would do it."""
+    checks.expect("weight", weight, tuple(x.shape[-1:]))
+    checks.expect("residual", residual, tuple(x.shape))
     if x.dtype == residual.dtype and choice.compiled("rms_norm", x, weight):
         return torch.ops.mswift.add_rms_norm(x, residual, weight, eps, zero_centred)[:2]
     total = x + residual
@@ -67,6 +70,10 @@ GELU_TANH = Gate(slope=2 * (2 / torch.pi) ** 0.5, cubic=0.044715)
 
 def gated_activation(x: Tensor, gate: Gate = SILU) -> Tensor:
     """`x` ``[..., 2 n]``, gates in front -> ``[..., n]``."""
+    if not x.dim() or x.shape[-1] % 2:
+        raise ValueError(f"x: got {list(x.shape)}, wanted an even number of columns, gate and up side by side")
+    if not gate.limit > 0.0:
+        raise ValueError(f"gate.limit: got {gate.limit}, wanted more than 0")
     if choice.compiled("gated_activation", x):
         return torch.ops.mswift.gated_activation(x, gate.slope, gate.cubic, gate.limit, gate.offset)
     a, b = x.float().chunk(2, dim=-1)
@@ -74,8 +81,17 @@ def gated_activation(x: Tensor, gate: Gate = SILU) -> Tensor:
     return (a * torch.sigmoid(a * gate.slope * (1.0 + gate.cubic * a * a)) * (b + gate.offset)).to(x.dtype)
 
 
+def _check_table(table: Tensor, tokens: int, width: int) -> None:
+    checks.expect("table", table, (2, tokens, *table.shape[2:3]), torch.float32)
+    if table.dim() != 3 or 2 * table.shape[2] > width:
+        raise ValueError(f"table: got {list(table.shape)}, wanted [2, {tokens}, at most {width // 2}], half of the columns that are turned")
+
+
 def rotate(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
     """`x` ``[s, b, heads, dim]`` turned by `table` ``[2, s, r / 2]``: its first r columns, the rest passes through; fp32, rounded once."""
+    if x.dim() != 4:
+        checks.expect("x", x, ("s", "b", "heads", "dim"))
+    _check_table(table, x.shape[0], x.shape[3])
     if choice.compiled("rotate", x):
         return torch.ops.mswift.rotate(x, table, interleaved, False)
     cos, sin = table[:, :, None, None, :]
@@ -102,6 +118,12 @@ def rotate_(x: Tensor, table: Tensor, *, width: int, each: int = 1, turned: int 
     Returns:
         `x`.
     """
+    columns = x.shape[2:].numel()
+    if x.dim() < 3 or not 0 < turned <= each or width < 1 or columns % (each * width):
+        raise ValueError(
+            f"x: got {list(x.shape)}, wanted [s, b, ...] with a multiple of {each} heads of {width} columns, of which {turned} are turned"
+        )
+    _check_table(table, x.shape[0], width)
     if choice.compiled("rotate", x):
         torch.ops.mswift.rotate_(x, table, width, each, turned, interleaved, False)
         return x
@@ -118,11 +140,13 @@ def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.set_materialize_grads(False)
 
 
+@functions.backward("rms_norm")
 def _norm_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     d_x, d_weight = _gradients_of_norm(ctx, grad, None, wanted=ctx.needs_input_grad[0], weight_wanted=ctx.needs_input_grad[1])
     return d_x, d_weight, None, None
 
 
+@functions.backward("rms_norm")
 def _add_norm_gradients(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:2]
     d_sum, d_weight = _gradients_of_norm(ctx, grad, grad_sum, wanted=any(wanted), weight_wanted=ctx.needs_input_grad[2])
@@ -145,6 +169,7 @@ def _keep_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x)
 
 
+@functions.backward("gated_activation")
 def _gate_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.mswift.gated_activation_backward(grad, ctx.saved_tensors[0], *ctx.gate), None, None, None, None
 

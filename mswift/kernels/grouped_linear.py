@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, cuda_operators, extension
+from mswift.kernels import checks, choice, cuda_operators, extension, functions
 from mswift.kernels.dropout import factor_of, kept, threshold_of
 from mswift.runtime.precision import widen
 
@@ -126,6 +126,7 @@ class _GroupedLinear(torch.autograd.Function):
     """Tensors: weights, biases, lora_a and lora_b of all groups one after another."""
 
     @staticmethod
+    @functions.forward
     def forward(ctx: Any, x: Tensor, counts: Tensor, settings: _Settings, *tensors: Tensor) -> Tensor:
         weights, biases, lora_a, lora_b = _split(settings, tensors)
         low = None
@@ -136,6 +137,7 @@ class _GroupedLinear(torch.autograd.Function):
         return Product(weights, biases, lora_b)(x, counts, low, None)
 
     @staticmethod
+    @functions.backward(NAME)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, counts, low, *tensors = ctx.saved_tensors
         settings: _Settings = ctx.settings
@@ -179,18 +181,47 @@ def _list(tensors: Matrices | None) -> list[Tensor]:
     return list(tensors.unbind() if isinstance(tensors, Tensor) else tensors)
 
 
+def _check(
+    x: Tensor,
+    counts: Tensor,
+    mask: Mask | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+) -> None:
+    """By the names of the faces."""
+    groups = len(weights)
+    if not groups or weights[0].dim() != 2:
+        raise ValueError(f"weights: got {[list(weight.shape) for weight in weights[:1]]}, wanted [out, in] for each expert")
+    out, into = weights[0].shape
+    checks.expect("x", x, (*x.shape[:1], into))
+    checks.expect_each("weights", weights, groups, (out, into), x.dtype)
+    checks.expect("tokens_per_expert", counts, (groups,))
+    if counts.dtype.is_floating_point:
+        raise ValueError(f"tokens_per_expert: got {checks.short(counts.dtype)} {list(counts.shape)}, wanted whole numbers")
+    checks.counts("tokens_per_expert", counts, len(x))
+    if biases:
+        checks.expect_each("biases", biases, groups, (out,))
+    if lora_a or lora_b:
+        rank = lora_a[0].shape[0] if lora_a and lora_a[0].dim() else 0
+        checks.expect_each("lora_a", lora_a, groups, (rank, into), x.dtype)
+        checks.expect_each("lora_b", lora_b, groups, (out, rank), x.dtype)
+    if mask is not None:
+        checks.expect("seeds", mask.seeds, (groups,), torch.int64)
+        checks.at_least("first_column", mask.first_column, 0)
+
+
 def _apply(x: Tensor, counts: Tensor, lists: list[list[Tensor]], alpha: float, mask: Mask | None) -> Tensor:
-    weights, biases, lora_a, _ = lists
-    if x.dim() != 2:
-        raise ValueError(f"x: got {list(x.shape)}, wanted [rows, in]")
-    if counts.shape != (len(weights),):
-        raise ValueError(f"tokens_per_expert: got {list(counts.shape)}, wanted [{len(weights)}], one number for each weight")
+    groups = [len(part) for part in lists]
     tensors = [tensor for part in lists for tensor in part]
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, tensors = x.to(dtype), [tensor.to(dtype) for tensor in tensors]
+    settings = _Settings(groups[0], groups[1], groups[2], alpha, mask)
+    _check(x, counts, mask, *_split(settings, tensors)[:3], tensors[sum(groups[:3]) :])
     counts = counts.to(device=x.device, dtype=torch.int64)
-    return _GroupedLinear.apply(x, counts, _Settings(len(weights), len(biases), len(lora_a), alpha, mask), *tensors)
+    return _GroupedLinear.apply(x, counts, settings, *tensors)
 
 
 def grouped_linear(x: Tensor, weights: Matrices, tokens_per_expert: Tensor, biases: Matrices | None = None) -> Tensor:
@@ -232,6 +263,7 @@ def lora_grouped_linear(
         first_column, full_width: where `x` lies in the whole activation if only some of its columns are here (row-parallel input).
     """
     mask = None
+    checks.rate("dropout_p", dropout_p)
     if dropout_p > 0:
         if seeds is None:
             raise ValueError("seeds: got none, wanted int64 [experts] with a dropout rate above 0")

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mswift.kernels.linear_log_probs import IGNORE, autocast, check, rows_here, score, spread_out
+from mswift.kernels import functions
+from mswift.kernels.linear_log_probs import IGNORE, autocast, check, check_labels, rows_here, score, spread_out
 from mswift.kernels.linear_softmax import Limits, capped_logits, chunk_rows
 from mswift.runtime.precision import widen
 
@@ -17,6 +18,7 @@ class _MeanCappedLogit(torch.autograd.Function):
     """The mean of each token's capped logits over the whole vocabulary, in chunks of tokens; they are computed again for the gradient."""
 
     @staticmethod
+    @functions.forward
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int, group: Any, reduce_grad: bool) -> Tensor:
         wide, short = widen(weight)[: limits.valid], None if bias is None else bias[: limits.valid]
         means = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -31,6 +33,7 @@ class _MeanCappedLogit(torch.autograd.Function):
         return means
 
     @staticmethod
+    @functions.backward("linear_cross_entropy")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         limits, vocab, group, reduce_grad = ctx.rest
@@ -58,6 +61,7 @@ class _MeanLogit(torch.autograd.Function):
     """The mean of each token's logits over the whole vocabulary (without a cap): one product with the sum of the weight's rows."""
 
     @staticmethod
+    @functions.forward
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int, group: Any, reduce_grad: bool) -> Tensor:
         total = weight[: limits.valid].sum(0, dtype=torch.float32).mul_(limits.scale / vocab)
         means = hidden.float() @ total
@@ -74,6 +78,7 @@ class _MeanLogit(torch.autograd.Function):
         return means
 
     @staticmethod
+    @functions.backward("linear_cross_entropy")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, total = ctx.saved_tensors
         limits, vocab, group, reduce_grad = ctx.rest
@@ -136,10 +141,12 @@ def linear_cross_entropy(
     if token_weights is not None:
         chosen &= token_weights.reshape(-1) != 0
     scored = chosen.nonzero().squeeze(1)
+    target = flat_labels[scored]
+    check_labels(target, weight, vocab_size, group)
     hidden, weight, bias = autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
     if len(scored) != len(flat_labels):
         hidden = hidden.index_select(0, scored)
-    log_probs, _, lse = score(hidden, weight, flat_labels[scored], bias, limits, first, group, reduce_grad, entropy_grad=False)
+    log_probs, _, lse = score(hidden, weight, target, bias, limits, first, group, reduce_grad, entropy_grad=False)
     losses = -log_probs
     if label_smoothing:
         vocab = vocab_size or weight.shape[0] * (1 if group is None else group.size())

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mswift.kernels import functions
 from mswift.kernels.divergences import Kind, Measure, Room, compare, distances, gradient, likeliest, probabilities, summed
 from mswift.kernels.linear_log_probs import IGNORE, autocast
 from mswift.runtime.precision import widen
@@ -228,7 +228,7 @@ class _LinearKL(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
+    @functions.backward("linear_kl")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         to_hidden, *rest = ctx.saved_tensors
         setting: _Setting = ctx.setting

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mswift.kernels import checks, functions
 from mswift.kernels.linear_softmax import Limits, Statistics, statistics, weight_gradient
 
 IGNORE = -100
@@ -71,6 +72,7 @@ def _combine(mine: Statistics, group: dist.ProcessGroup | None) -> _Parts:
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
+    @functions.forward
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, setting: _Setting) -> tuple[Tensor, Tensor, Tensor]:
         limits = setting.limits
         local = labels - setting.first
@@ -96,6 +98,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return parts.log_probs, parts.entropy, parts.lse
 
     @staticmethod
+    @functions.backward("linear_log_probs")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, local, label, log_probs, entropy, lse, label_prob, other_prob, *means = ctx.saved_tensors
         setting: _Setting = ctx.setting
@@ -151,6 +154,14 @@ def rows_here(weight: Tensor, vocab_size: int | None, group: dist.ProcessGroup |
     return first, weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - first))
 
 
+def check_labels(labels: Tensor, weight: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> None:
+    """Refuse labels of scored tokens that are not in the vocabulary, where they can be read at no cost, and a vocabulary that is not there."""
+    rows = weight.shape[0] * (1 if group is None else group.size())
+    if vocab_size is not None and not 1 <= vocab_size <= rows:
+        raise ValueError(f"vocab_size: got {vocab_size}, wanted 1 to {rows}, the rows of weight on all ranks")
+    checks.within("labels", labels, 0, (vocab_size or rows) - 1)
+
+
 def score(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, limits: Limits, first: int, group: Any, reduce_grad: bool, entropy_grad: bool
 ) -> LogProbs:
@@ -179,7 +190,8 @@ def linear_log_probs(
     Args:
         hidden_states: ``[..., hidden]``, the same on every rank of `group`.
         weight: ``[vocabulary on this rank, hidden]``; equal slices in rank order. No gradient is computed for it when it is frozen.
-        labels: int64 ``[...]``; `ignore_index` where a token is not scored.
+        labels: int64 ``[...]``; `ignore_index` where a token is not scored. One that is not in the vocabulary is refused on a CPU; on a device,
+            where looking would mean to wait, its log-probability is -inf and its entropy nan.
         bias: ``[vocabulary on this rank]``, added to the product.
         vocab_size: rows at or beyond it are padding and have probability zero; None: no padding.
         logit_scale: factor on the logits. softcap: after it, their limit: ``softcap * tanh(logits / softcap)``.
@@ -198,10 +210,12 @@ def linear_log_probs(
     first, valid = rows_here(weight, vocab_size, group)
     flat_labels = labels.reshape(-1)
     scored = (flat_labels != ignore_index).nonzero().squeeze(1)
+    target = flat_labels[scored]
+    check_labels(target, weight, vocab_size, group)
     hidden, weight, bias = autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
     if len(scored) != len(flat_labels):
         hidden = hidden.index_select(0, scored)
-    values = score(hidden, weight, flat_labels[scored], bias, Limits(valid, logit_scale, softcap or 0.0), first, group, reduce_grad, entropy_grad)
+    values = score(hidden, weight, target, bias, Limits(valid, logit_scale, softcap or 0.0), first, group, reduce_grad, entropy_grad)
     return LogProbs(*(spread_out(value, scored, labels) for value in values))
 
 

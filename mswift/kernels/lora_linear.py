@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mswift.kernels import choice, cuda_operators, extension
+from mswift.kernels import checks, choice, cuda_operators, extension, functions
 from mswift.kernels.dropout import factor_of, kept, threshold_of
 from mswift.runtime.precision import widen
 
@@ -182,6 +182,7 @@ def _sum_of_gradients(grad_x: Tensor, setting: _Setting) -> tuple[Tensor, Any]:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
+    @functions.forward
     def forward(
         ctx: Any,
         x: Tensor,
@@ -204,6 +205,7 @@ class _LoraLinear(torch.autograd.Function):
         return output
 
     @staticmethod
+    @functions.backward(NAME)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, factor, ids, low, inner = ctx.saved_tensors
         setting: _Setting = ctx.setting
@@ -251,8 +253,31 @@ def stack_targets(pairs: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence
     return torch.cat([a for a, _ in known]), torch.cat(rows)
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, factor: Tensor | None, several: tuple[int, ...]) -> None:
+    """`several`: of lora_a the sizes in front of ``[rank, in]``."""
+    dtype, front = x.dtype, len(several)
+    if weight.dim() != 2:
+        checks.expect("weight", weight, ("out", "in"))
+    out, into = weight.shape
+    checks.expect("x", x, (*x.shape[:-1], into))
+    checks.expect("weight", weight, (out, into), dtype)
+    checks.expect("lora_a", lora_a, (*several, *lora_a.shape[front : front + 1], into), dtype)
+    checks.expect("lora_b", lora_b, (*several, out, lora_a.shape[-2]), dtype)
+    if bias is not None:
+        checks.expect("bias", bias, (out,), dtype)
+    if factor is not None:
+        checks.expect("factor", factor, (out,), dtype if factor.dtype == torch.float64 else torch.float32)
+
+
+def _check_place(p: float, first_row: int, first_column: int) -> None:
+    checks.rate("dropout_p", p)
+    checks.at_least("first_row", first_row, 0)
+    checks.at_least("first_column", first_column, 0)
+
+
 def dropout_of(x: Tensor, p: float, seed: int, *, first_row: int = 0, first_column: int = 0, full_width: int | None = None) -> Tensor:
     """`x` ``[..., columns]`` after the dropout of `lora_linear`; differentiable, nothing is stored. See there for the arguments."""
+    _check_place(p, first_row, first_column)
     if p == 0.0:
         return x
     width = first_column + x.shape[-1] if full_width is None else full_width
@@ -261,6 +286,7 @@ def dropout_of(x: Tensor, p: float, seed: int, *, first_row: int = 0, first_colu
 
 class _Dropped(torch.autograd.Function):
     @staticmethod
+    @functions.forward
     def forward(ctx: Any, x: Tensor, mask: Dropout) -> Tensor:
         ctx.mask = mask
         if choice.compiled(NAME, x):
@@ -300,7 +326,7 @@ def lora_linear(
             input); columns at or beyond the full width are zeros (padded heads).
         factor: fp32 ``[out]``, on each output before the bias (DoRA's magnitude over norm); differentiable.
         adapter_ids: int64 ``[...]``, which of several adapters, lora_a ``[adapters, rank, in]`` and lora_b ``[adapters, out, rank]``, each token
-            has; -1: none.
+            has; -1: none. Other ids are refused on a CPU and have no adapter on a device, where looking at them would mean to wait.
         group: sum the gradient of `x` over these ranks, as a column-parallel layer needs it (each rank sees its part of the output).
         sequence_parallel: each rank of `group` has its part of the tokens (along the first dim); they are gathered here, and again in the backward
             pass instead of being kept. Ids are those of all tokens.
@@ -316,18 +342,18 @@ def lora_linear(
     group = group if group is not None and group.size() > 1 else None
     shape = (x.shape[0] * (group.size() if group is not None and sequence_parallel else 1), *x.shape[1:-1])
     adapters = 1
+    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)  # type: ignore[assignment]
+    _check(x, weight, bias, lora_a, lora_b, factor, () if adapter_ids is None else tuple(lora_a.shape[:1]))
+    _check_place(dropout_p, first_row, first_column)
     if adapter_ids is not None:
-        if lora_a.dim() != 3 or lora_b.dim() != 3 or adapter_ids.shape != shape:
-            raise ValueError(f"adapter_ids: got {tuple(adapter_ids.shape)}, wanted {tuple(shape)}, with lora_a and lora_b of three dimensions")
+        checks.expect("adapter_ids", adapter_ids, shape, torch.int64)
         adapters = len(lora_a)
+        checks.within("adapter_ids", adapter_ids, -1, adapters - 1)
         lora_a, lora_b = lora_a.flatten(0, 1), lora_b.transpose(0, 1).flatten(1)
         adapter_ids = adapter_ids.reshape(-1)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p}, wanted at least 0 and less than 1")
     width = first_column + x.shape[-1] if full_width is None else full_width
     mask = Dropout.of(dropout_p, seed, first_row, first_column, width) if dropout_p > 0 else _NONE
     setting = _Setting(adapters, scale, mask, group, sequence_parallel and group is not None)
-    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)  # type: ignore[assignment]
     output = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, factor, adapter_ids, setting)
     return torch.ops.aten._unsafe_view(output, (*shape, weight.shape[0]))  # no view to autograd: what writes into it pays for no base
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mswift.kernels import causal_attention
+from mswift.kernels import causal_attention, checks
 
 
 def packed_attention(
@@ -40,6 +40,12 @@ def packed_attention(
     Returns:
         ``[t, heads, dv]`` in the dtype of `query`.
     """
+    if key.dim() != 3:
+        checks.expect("key", key, ("t", "groups", "d"))
+    causal_attention.check(query, key, value, sinks, scale=scale, window=window, chunk=chunk)
+    checks.rate("dropout_p", dropout_p)
+    checks.expect("cu_seqlens", cu_seqlens, ("rows + 1",))
+    checks.rising("cu_seqlens", cu_seqlens, query.shape[0])
     if causal_attention.usable(query, key, value, softcap=softcap, dropout_p=dropout_p):
         limits: dict[str, Any] = {"scale": scale, "window": window, "chunk": chunk, "sinks": sinks}
         return causal_attention.causal_attention(query[:, None], key[:, None], value[:, None], cu_seqlens, **limits)[:, 0]
@@ -109,7 +115,7 @@ def written_out(
     """
     repeats = q.shape[1] // k.shape[1]
     k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
-    scale = scale or q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul(q, k.transpose(2, 3))
     scores = scores * scale if softcap is None else torch.tanh(scores * (scale / softcap)) * softcap
     scores = scores.masked_fill(~visible, -torch.inf)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, cuda_operators, extension
+from mswift.kernels import checks, choice, cuda_operators, extension, functions
 
 NAME = "permute"
 
@@ -50,6 +51,7 @@ def _combine_gradients(grad: Tensor, x: Tensor, places: Tensor, weights: Tensor 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
+    @functions.forward
     def forward(ctx: Any, x: Tensor, places: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(places)
         tokens = torch.arange(len(places), device=x.device)[:, None].expand_as(places)
@@ -57,28 +59,30 @@ class _Permute(torch.autograd.Function):
         return _gather(x, source.scatter_(0, places.masked_fill(places < 0, rows).reshape(-1), tokens.reshape(-1))[:rows])
 
     @staticmethod
+    @functions.backward(NAME)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _combine(grads[0].contiguous(), ctx.saved_tensors[0], None), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
+    @functions.forward
     def forward(ctx: Any, x: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, places, weights)
         return _combine(x, places, weights)
 
     @staticmethod
+    @functions.backward(NAME)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, places, weights = ctx.saved_tensors
         grad_x, grad_weights = _combine_gradients(grads[0].contiguous(), x, places, weights)
         return grad_x, None, grad_weights if ctx.needs_input_grad[2] else None
 
 
-def _check(x: Tensor, places: Tensor) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"x: got {list(x.shape)}, wanted [rows, columns]")
-    if places.dim() != 2 or places.dtype != torch.int64:
-        raise ValueError(f"places: got {list(places.shape)} {places.dtype}, wanted int64 [tokens, experts of a token]")
+def _check(x: Tensor, places: Tensor, rows: int) -> None:
+    checks.expect("x", x, ("rows", "columns"))
+    checks.expect("places", places, ("tokens", "experts of a token"), torch.int64)
+    checks.within("places", places, -sys.maxsize, rows - 1)
 
 
 def permute(x: Tensor, places: Tensor, rows: int) -> Tensor:
@@ -87,9 +91,8 @@ def permute(x: Tensor, places: Tensor, rows: int) -> Tensor:
     Args:
         x: ``[tokens, columns]``. places: int64 ``[tokens, k]``, all different, or negative: the token was dropped there. rows: of the result.
     """
-    _check(x, places)
-    if len(places) != len(x):
-        raise ValueError(f"places: got {len(places)} tokens, wanted {len(x)}")
+    _check(x, places, rows)
+    checks.expect("places", places, (len(x), places.shape[1]))
     return _Permute.apply(x, places, rows)
 
 
@@ -99,9 +102,9 @@ def unpermute(x: Tensor, places: Tensor, weights: Tensor | None = None) -> Tenso
     Args:
         x: ``[rows, columns]``. places: as `permute` takes them. weights: fp32 ``[tokens, k]``, None for ones.
     """
-    _check(x, places)
-    if weights is not None and (weights.shape != places.shape or weights.dtype != torch.float32):
-        raise ValueError(f"weights: got {list(weights.shape)} {weights.dtype}, wanted float32 {list(places.shape)}")
+    _check(x, places, len(x))
+    if weights is not None:
+        checks.expect("weights", weights, tuple(places.shape), torch.float32)
     return _Unpermute.apply(x, places, weights)
 
 

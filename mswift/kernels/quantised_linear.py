@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mswift.kernels import choice, cuda_operators, extension
+from mswift.kernels import checks, choice, cuda_operators, extension, functions
 from mswift.kernels.dropout import factor_of, threshold_of
 from mswift.kernels.grouped_linear import Mask, Product, outer
 from mswift.runtime.precision import widen
@@ -68,6 +68,17 @@ class QuantisedWeight:
     scales: Tensor | Nested
     shape: tuple[int, int]
     block: int
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        kind, count = (torch.uint8, rows * columns // 2) if self.block else (torch.int8, rows * columns)
+        if self.codes.dtype != kind or self.codes.numel() != count:
+            found = f"{checks.short(self.codes.dtype)} {list(self.codes.shape)}"
+            raise ValueError(f"codes: got {found}, wanted {checks.short(kind)} for {rows} x {columns}, {count} in all")
+        scales = self.scales.codes if isinstance(self.scales, Nested) else self.scales
+        if scales.numel() != (-(-rows * columns // self.block) if self.block else rows):
+            wanted = f"one a block of {self.block}" if self.block else "one a row"
+            raise ValueError(f"scales: got {scales.numel()}, wanted {wanted} of {rows} x {columns}")
 
     @property
     def nbytes(self) -> int:
@@ -196,6 +207,7 @@ def _backward(grad: Tensor, weight: QuantisedWeight, low: Tensor | None, up: Ten
 
 class _QuantisedLinear(torch.autograd.Function):
     @staticmethod
+    @functions.forward
     def forward(
         ctx: Any,
         x: Tensor,
@@ -213,6 +225,7 @@ class _QuantisedLinear(torch.autograd.Function):
         return _forward(x, weight, bias, low, lora_b)
 
     @staticmethod
+    @functions.backward(NAME)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_a, lora_b, low = ctx.saved_tensors
         grad, grad_low, grad_a, grad_b = grads[0].contiguous(), None, None, None
@@ -223,6 +236,16 @@ class _QuantisedLinear(torch.autograd.Function):
         grad_x = _backward(grad, ctx.weight, grad_low, lora_a, ctx.mask) if ctx.needs_input_grad[0] else None
         grad_bias = widen(grad).sum(0).to(grad.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, grad_a, grad_b, None, None
+
+
+def _check(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+    rows, columns = weight.shape
+    checks.expect("x", x, (*x.shape[:-1], columns))
+    if bias is not None:
+        checks.expect("bias", bias, (rows,), x.dtype)
+    if lora_a is not None and lora_b is not None:
+        checks.expect("lora_a", lora_a, (*lora_a.shape[:1], columns), x.dtype)
+        checks.expect("lora_b", lora_b, (rows, len(lora_a)), x.dtype)
 
 
 def quantised_linear(
@@ -250,8 +273,8 @@ def quantised_linear(
     Raises:
         ValueError, RuntimeError: shapes that do not fit, with the argument's name.
     """
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: got {list(x.shape)}, wanted [..., {weight.shape[1]}], the columns of the weight")
+    checks.rate("dropout_p", dropout_p)
+    checks.at_least("first_column", first_column, 0)
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_b: wanted together with lora_a")
     parts = [x, bias, lora_a, lora_b]
@@ -260,6 +283,7 @@ def quantised_linear(
         parts = [None if part is None else part.to(dtype) for part in parts]
     rows, *others = parts
     assert rows is not None
+    _check(rows, weight, *others)
     mask = None
     if dropout_p > 0:
         width = x.shape[-1] if full_width is None else full_width

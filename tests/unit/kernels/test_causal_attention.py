@@ -199,12 +199,13 @@ def test_arguments_are_named_in_errors() -> None:
         ((x, x.double(), x), "k and v must have the dtype of q"),
         ((x[..., :10], x[..., :10], x), "multiple of 16"),
         ((x, x, x, torch.tensor([0, 9])), "bounds must rise from 0"),
-        ((x, x, x, torch.tensor([0, 6, 4])), "bounds must rise from 0"),
+        ((x, x, x, torch.tensor([0, 6, 4, 8])), "bounds must rise from 0"),
+        ((x, x, x, None, -1.0), "scale must be above 0"),
     ):
+        q, k, v, *rest = arguments
+        bounds, scale = rest[0] if rest and rest[0] is not None else torch.tensor([0, 8]), rest[1] if len(rest) == 2 else 1.0
         with pytest.raises(RuntimeError, match=message):
-            causal_attention(*arguments)
-    with pytest.raises(RuntimeError, match="scale must be above 0"):
-        causal_attention(x, x, x, scale=-1.0)
+            torch.ops.mswift.causal_attention(q, k, v, bounds, None, scale, 0, 0)
 
 
 def test_when_it_runs() -> None:

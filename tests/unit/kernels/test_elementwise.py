@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mswift.kernels import choice, extension
 from mswift.kernels.elementwise import GELU_TANH, SILU, Gate, add_rms_norm, gated_activation, rms_norm, rotate, rotate_
+from tests.unit.kernels.isa import passed_with
 
 pytestmark = [
     pytest.mark.usefixtures("auto_kernels"),
@@ -233,7 +234,14 @@ def test_views_extremes_and_nothing() -> None:
         assert torch.equal(rotate_(x, table[:, :4, :3], width=8, interleaved=True), wanted)
 
 
-def test_instruction_sets_and_threads_agree() -> None:
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_the_code_for_other_processors_as_well(isa: str) -> None:
+    if not extension.isa_at_least(isa) or extension.isa() == isa:
+        pytest.skip(f"{isa} is more than there is, or what the other tests run")
+    assert passed_with(isa, __file__, "norm or gate or rotation or views") >= 7
+
+
+def test_threads_agree() -> None:
     x = draw(400, 1, 96, dtype=torch.bfloat16)
     threads = torch.get_num_threads()
     try:

@@ -206,20 +206,25 @@ def test_what_torch_checks_of_an_operator() -> None:
 @needs_kernel
 def test_arguments_are_named_in_errors() -> None:
     t = {name: tensor if name == "seeds" else tensor.bfloat16() for name, tensor in draw([2, 3], 8, 6, 2).items()}
-    x, weights, a, b = t["x"], t["weights"], t["lora_a"], t["lora_b"]
-    counts = torch.tensor([2, 3])
+    x, weights, biases, b = t["x"], list(t["weights"]), list(t["biases"]), list(t["lora_b"])
+    counts, low = torch.tensor([2, 3]), x[:, :2]
+
+    def product(x: Tensor, weights: list[Tensor], counts: Tensor, biases: list[Tensor] = [], low: Any = None, up: list[Tensor] = []) -> Tensor:  # noqa: B006
+        return torch.ops.mswift.grouped_product(x, weights, counts, biases, low, up, False, 1.0, None, 0, 0, 0)
+
+    product(x, weights, counts, biases, low, b)
     for wrong, message in (
-        (lambda: grouped_linear(x, weights, torch.tensor([2, 2])), "counts: sum to 4, but there are 5 rows"),
-        (lambda: grouped_linear(x, weights, torch.tensor([6, -1])), "counts: got -1 rows"),
-        (lambda: grouped_linear(x, weights, torch.tensor([5])), "tokens_per_expert"),
-        (lambda: grouped_linear(x[None], weights, counts), "x: got"),
-        (lambda: grouped_linear(x[:, :7], weights, counts), "x: wanted"),
-        (lambda: grouped_linear(x, [weights[0], weights[1, :3]], counts), "weights: wanted matrices of one shape"),
-        (lambda: grouped_linear(x, weights, counts, t["biases"][:, :3]), "biases: wanted"),
-        (lambda: lora_grouped_linear(x, weights, counts, None, a, b[:, :3], scale=1.0), "up: wanted"),
-        (lambda: lora_grouped_linear(x, weights, counts, None, a, b, scale=1.0, dropout_p=0.1), "seeds: got none"),
+        (lambda: product(x, weights, torch.tensor([2, 2])), "counts: sum to 4, but there are 5 rows"),
+        (lambda: product(x, weights, torch.tensor([6, -1])), "counts: got -1 rows"),
+        (lambda: product(x, weights, torch.tensor([5])), "counts: wanted int64"),
+        (lambda: product(x[None], weights, counts), "x: wanted"),
+        (lambda: product(x[:, :7], weights, counts), "x: wanted"),
+        (lambda: product(x, [weights[0], weights[1][:3]], counts), "weights: wanted matrices of one shape"),
+        (lambda: product(x, weights, counts, [bias[:3] for bias in biases]), "biases: wanted"),
+        (lambda: product(x, weights, counts, [], low, [up[:3] for up in b]), "up: wanted"),
+        (lambda: product(x, weights, counts, [], low[:2], b), "low: wanted the rows of x"),
     ):
-        with pytest.raises((RuntimeError, ValueError), match=message):
+        with pytest.raises(RuntimeError, match=message):
             wrong()
     assert "float" in (choice.hindrance("grouped_linear", x.float(), *weights) or "")
 

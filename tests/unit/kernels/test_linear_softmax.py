@@ -200,6 +200,11 @@ def test_the_code_for_avx2_as_well() -> None:
     assert passed_with("avx2", __file__, "fp32 or both_against or any_range or nan") > 10
 
 
+@pytest.mark.skipif(not CAN_BF16, reason="AVX-512 is what the other tests run, or more than there is")
+def test_the_code_for_avx512_as_well() -> None:
+    assert passed_with("avx512", __file__, "fp32 or both_against or any_range or nan") > 10
+
+
 @needs_kernels
 def test_opcheck() -> None:
     for dtype in [torch.float32, *([torch.bfloat16] if CAN_BF16 else [])]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -419,8 +420,8 @@ def test_wrong_arguments_are_named() -> None:
             op(*args)
     with pytest.raises(ValueError, match=r"dropout_p: got 1\.0"):
         lora_linear(**tensors, scale=1.0, dropout_p=1.0)
-    with pytest.raises(ValueError, match=r"adapter_ids: got \(2,\), wanted \(6,\)"):
-        lora_linear(**tensors, scale=1.0, adapter_ids=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"adapter_ids: got int64 \[2\], wanted int64 \[6\]"):
+        lora_linear(**{**tensors, "lora_a": a[None], "lora_b": b[None]}, scale=1.0, adapter_ids=torch.zeros(2, dtype=torch.int64))
     odd = torch.zeros(2, 7, dtype=torch.bfloat16)
     assert "even sizes" in str(choice.hindrance(NAME, odd, odd, odd, odd)) or not CAN_BF16
     assert choice.hindrance(NAME, *(tensor.half() for tensor in (x, weight, a, b))) == "no kernel for torch.float16"
@@ -429,6 +430,13 @@ def test_wrong_arguments_are_named() -> None:
 @needs_kernels
 def test_the_code_for_avx2_as_well() -> None:
     assert passed_with("avx2", __file__, "fp64 or same_mask or threads") > 3
+
+
+@needs_kernels
+def test_autocast_where_neither_torch_nor_the_kernels_have_bf16() -> None:
+    """Products are widened there; autocast must not narrow one of their operands again."""
+    assert passed_with("avx2", __file__, "recomputation_and_autocast", torch_too=True) == 2
+    assert passed_with("avx2", str(Path(__file__).with_name("test_quantised_linear.py")), "autocast", torch_too=True) == 1
 
 
 # ---- several ranks -------------------------------------------------------------------------------------------------------------------
