@@ -6,7 +6,9 @@ they were built against. Under build isolation torch is not among the build requ
 environment to install into is used, and it must be there first.
 
     MSWIFT_BUILD=0          do not build           MSWIFT_BUILD=1   fail if the build fails
-    MSWIFT_CUDA=0|1         without | with the CUDA kernels, whatever is found
+    MSWIFT_CUDA=0|1         without | with the CUDA kernels, whatever is found; at run time too
+
+What an earlier build left in place of what is not built now is removed.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("MSWIFT_BUILD", "auto")
 CUDA = os.environ.get("MSWIFT_CUDA", "auto")
 cuda = runpy.run_path(str(ROOT / "mswift" / "kernels" / "cuda_build.py"))
+CPU_LIBRARY, CUDA_FILES = "libmswift_cpu.so", (cuda["LIBRARY"], cuda["REPORT"], cuda["DIGEST"])
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # of which the intrinsics in GCC 12's own headers are full
 
@@ -65,6 +68,7 @@ def hindrance() -> str | None:
 
 def build_cuda(into: Path) -> str:
     """Compile `libmswift_cuda.so` into `kernels/lib` of the package, next to whatever torch is there; one line of what came of it."""
+    forget(into, *CUDA_FILES)
     if CUDA == "0":
         return "no CUDA kernels (MSWIFT_CUDA=0)"
     nvcc = cuda["find_nvcc"]()
@@ -89,7 +93,7 @@ def make_builder() -> type[build_ext]:
 
         def get_ext_filename(self, ext_name: str) -> str:
             """A library and no module: there is nothing to import in it."""
-            return os.path.join(*ext_name.split(".")[:-1], "libmswift_cpu.so")
+            return os.path.join(*ext_name.split(".")[:-1], CPU_LIBRARY)
 
         def run(self) -> None:
             try:
@@ -111,6 +115,7 @@ def make_builder() -> type[build_ext]:
             if WANTED == "1":
                 raise error
             self.extensions = []
+            forget(self.package_folder(), *CUDA_FILES, CPU_LIBRARY)
             note(self.package_folder(), f"the compiler failed: {' '.join(str(error).split())[-300:]}")
 
     return Build
@@ -122,7 +127,14 @@ class Without(build_ext):
     def run(self) -> None:
         self.extensions = []
         folder = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "mswift"
+        forget(folder, *CUDA_FILES, CPU_LIBRARY)
         note(folder, str(reason))
+
+
+def forget(package: Path, *names: str) -> None:
+    """What an earlier build left there is not what `build.txt` speaks of, and would be loaded, or go into a wheel."""
+    for name in names:
+        (package / "kernels" / "lib" / name).unlink(missing_ok=True)
 
 
 def note(package: Path, text: str) -> None:

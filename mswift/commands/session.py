@@ -190,10 +190,11 @@ def open_session(directory: Path, parallel: ParallelSection, runtime_section: Ru
 
 
 def _choose_kernels(setting: str) -> None:
-    from mswift.families import modules  # noqa: F401  (every operator makes itself known when it is imported)
-    from mswift.kernels import choice
+    # every operator makes itself known when it is imported
+    from mswift.kernels import causal_attention, choice, cuda, elementwise, grouped_linear, linear_softmax, lora_linear, permute, quantised_linear  # noqa: F401
 
     choice.select(setting)
+    cuda.demand()
 
 
 def shared(value: T) -> T:

@@ -20,12 +20,13 @@ AUTO, REFERENCE = "auto", "reference"
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """`fits`: None where the kernel can take these tensors, else why not. `wins`: part of ``auto``. `on_cuda`: has a kernel for devices too."""
+    """`fits`: None where the kernel can take these tensors, else why not. `wins`: part of ``auto``. `on_cpu`, `on_cuda`: where it has one."""
 
     name: str
     summary: str
     fits: Callable[..., str | None]
     wins: bool
+    on_cpu: bool
     on_cuda: bool
 
 
@@ -33,9 +34,9 @@ _operators: dict[str, Operator] = {}
 _chosen: frozenset[str] | None = None  # None: auto
 
 
-def register(name: str, summary: str, fits: Callable[..., str | None], *, wins: bool = True, on_cuda: bool = False) -> None:
+def register(name: str, summary: str, fits: Callable[..., str | None], *, wins: bool = True, on_cpu: bool = True, on_cuda: bool = False) -> None:
     """Make an operator known; `fits` gets the tensors of a call (the first one decides the device)."""
-    _operators[name] = Operator(name, summary, fits, wins, on_cuda)
+    _operators[name] = Operator(name, summary, fits, wins, on_cpu, on_cuda)
 
 
 def select(setting: str | Iterable[str]) -> None:
@@ -94,7 +95,7 @@ def table() -> list[tuple[str, str, str]]:
 def announcement(device: str = "cpu") -> str:
     """One line on what is in use on a device: the operators that run compiled, and for which instructions."""
     on_cuda = device == "cuda"
-    names = [name for name, state, _ in table() if state == "compiled" and (not on_cuda or _operators[name].on_cuda)]
+    names = [name for name, state, _ in table() if state == "compiled" and (_operators[name].on_cuda if on_cuda else _operators[name].on_cpu)]
     reason = extension.missing() or (cuda.missing() if on_cuda else None)
     if reason or not names:
         return f"plain torch ({reason or '--kernels ' + selected()})"

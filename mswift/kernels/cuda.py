@@ -1,4 +1,4 @@
-"""The library of csrc/cuda, loaded only where there is a device; MSWIFT_CUDA=0 leaves it alone.
+"""The library of csrc/cuda, loaded only where there is a device; MSWIFT_CUDA=0 leaves it alone, MSWIFT_CUDA=1 insists on it.
 
 Its functions on tensors are in cuda_head, cuda_linear and cuda_rows: they allocate, pass pointers and check the returned code; gradients and
 shapes for tracing belong to the operators, whose kernels on a device `cuda_operators` makes them. bf16 for everything with a matrix product,
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mswift.errors import ConfigError
 from mswift.kernels import cuda_abi as abi
-from mswift.kernels import cuda_build
+from mswift.kernels import cuda_build, extension
 from mswift.log import get_logger
 
 logger = get_logger(__name__)
@@ -74,16 +75,39 @@ def _tell(reason: str) -> str:
     return reason
 
 
+def _not_built() -> str | None:
+    """What somebody may want to mend."""
+    if not (_FOLDER / cuda_build.LIBRARY).is_file():
+        return "they were not built: install with nvcc on PATH or CUDA_HOME set"
+    return _stale()
+
+
 def missing() -> str | None:
-    """Why the CUDA kernels cannot be used here; None: they can. What somebody may want to mend is told once."""
+    """Why the CUDA kernels cannot be used here; None: they can. What somebody may want to mend is told once.
+
+    Raises:
+        ConfigError: they cannot, and MSWIFT_CUDA=1 asks for them.
+    """
     if os.environ.get("MSWIFT_CUDA") == "0":
         return "MSWIFT_CUDA=0"
+    demand()
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if not (_FOLDER / cuda_build.LIBRARY).is_file():
-        return _tell("they were not built: install with nvcc on PATH or CUDA_HOME set")
-    reason = _stale()
+    reason = _not_built()
     return _tell(reason) if reason else None
+
+
+def demand() -> None:
+    """See to it that what MSWIFT_CUDA=1 asks for is there.
+
+    Raises:
+        ConfigError: there is no device, or the kernels are missing or of other sources.
+    """
+    if os.environ.get("MSWIFT_CUDA") != "1":
+        return
+    reason = extension.missing() or _not_built() or (None if torch.cuda.is_available() else "no CUDA device")
+    if reason:
+        raise ConfigError(f"MSWIFT_CUDA=1: the CUDA kernels cannot run here ({reason}); unset MSWIFT_CUDA to go on without them")
 
 
 @contextlib.contextmanager

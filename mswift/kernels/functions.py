@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 
 def _without_autocast(function: Callable[..., T], ctx: Any, arguments: tuple[Any, ...]) -> T:
-    device = next((part.device.type for part in arguments if isinstance(part, Tensor)), "cpu")
+    first = arguments[0]
+    device = (first if isinstance(first, Tensor) else next(part for part in arguments if isinstance(part, Tensor))).device.type
     if not torch.is_autocast_enabled(device):
         return function(ctx, *arguments)
     with torch.autocast(device, enabled=False):

@@ -181,16 +181,9 @@ def _list(tensors: Matrices | None) -> list[Tensor]:
     return list(tensors.unbind() if isinstance(tensors, Tensor) else tensors)
 
 
-def _check(
-    x: Tensor,
-    counts: Tensor,
-    mask: Mask | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-) -> None:
+def _check(x: Tensor, counts: Tensor, mask: Mask | None, lists: Sequence[Sequence[Tensor]]) -> None:
     """By the names of the faces."""
+    weights, biases, lora_a, lora_b = lists
     groups = len(weights)
     if not groups or weights[0].dim() != 2:
         raise ValueError(f"weights: got {[list(weight.shape) for weight in weights[:1]]}, wanted [out, in] for each expert")
@@ -213,15 +206,15 @@ def _check(
 
 
 def _apply(x: Tensor, counts: Tensor, lists: list[list[Tensor]], alpha: float, mask: Mask | None) -> Tensor:
-    groups = [len(part) for part in lists]
-    tensors = [tensor for part in lists for tensor in part]
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, tensors = x.to(dtype), [tensor.to(dtype) for tensor in tensors]
-    settings = _Settings(groups[0], groups[1], groups[2], alpha, mask)
-    _check(x, counts, mask, *_split(settings, tensors)[:3], tensors[sum(groups[:3]) :])
+        x, lists = x.to(dtype), [[tensor.to(dtype) for tensor in part] for part in lists]
+    _check(x, counts, mask, lists)
+    weights, biases, lora_a, _ = lists
     counts = counts.to(device=x.device, dtype=torch.int64)
-    return _GroupedLinear.apply(x, counts, settings, *tensors)
+    return _GroupedLinear.apply(
+        x, counts, _Settings(len(weights), len(biases), len(lora_a), alpha, mask), *(tensor for part in lists for tensor in part)
+    )
 
 
 def grouped_linear(x: Tensor, weights: Matrices, tokens_per_expert: Tensor, biases: Matrices | None = None) -> Tensor:

@@ -271,8 +271,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
 
 def _check_place(p: float, first_row: int, first_column: int) -> None:
     checks.rate("dropout_p", p)
-    checks.at_least("first_row", first_row, 0)
-    checks.at_least("first_column", first_column, 0)
+    if first_row < 0 or first_column < 0:
+        checks.at_least("first_row", first_row, 0)
+        checks.at_least("first_column", first_column, 0)
 
 
 def dropout_of(x: Tensor, p: float, seed: int, *, first_row: int = 0, first_column: int = 0, full_width: int | None = None) -> Tensor:

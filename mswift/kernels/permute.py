@@ -17,7 +17,7 @@ def _fits(x: Tensor, *_: Tensor) -> str | None:
     return cuda_operators.hindrance(x) if x.device.type == "cuda" else "plain torch is as fast on a CPU"
 
 
-choice.register(NAME, "tokens to the order of their experts and back", _fits, on_cuda=True)
+choice.register(NAME, "tokens to the order of their experts and back", _fits, on_cpu=False, on_cuda=True)
 
 
 def _gather(x: Tensor, source: Tensor) -> Tensor:

@@ -54,6 +54,42 @@ def test_kernels_that_were_asked_for_fail_in_one_line(tmp_path: Path, env: dict[
     assert note == ""
 
 
+def leave(folder: Path, *names: str) -> Path:
+    """What an earlier build has left in a package."""
+    library = folder / "lib" / "mswift" / "kernels" / "lib"
+    library.mkdir(parents=True)
+    for name in names:
+        (library / name).write_bytes(b"old")
+    return library
+
+
+BUILT = ("libmswift_cpu.so", "libmswift_cuda.so", "ptxas.txt", "sources.txt")
+
+
+def test_nothing_of_an_earlier_build_is_left_where_nothing_is_built(tmp_path: Path) -> None:
+    """It would be loaded, and go into a wheel, while the note says that it is not there."""
+    library = leave(tmp_path, *BUILT)
+    assert build(tmp_path, MSWIFT_BUILD="0")[2] == "MSWIFT_BUILD=0"
+    assert [path.name for path in library.iterdir()] == ["build.txt"]
+    (tmp_path / "failed").mkdir()
+    library = leave(tmp_path / "failed", *BUILT)
+    assert build(tmp_path / "failed", "false", CXX="false", CC="false")[2].startswith("the compiler failed: ")
+    assert [path.name for path in library.iterdir()] == ["build.txt"]
+
+
+@pytest.mark.parametrize("cuda", ["0", "auto"])
+def test_no_old_kernels_for_cuda_beside_new_ones_for_the_cpu(tmp_path: Path, cuda: str) -> None:
+    library = leave(tmp_path, *BUILT)
+    code = "import runpy, sys; from pathlib import Path; sys.argv = ['setup.py', '--name']; "
+    code += "made = runpy.run_path('setup.py'); print(made['build_cuda'](Path(sys.orig_argv[-1])))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
+    environment |= {"MSWIFT_CUDA": cuda, "MSWIFT_BUILD": "0", "PATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(library.parents[1])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].startswith("no CUDA kernels (")
+    assert [path.name for path in library.iterdir()] == ["libmswift_cpu.so"]
+
+
 @pytest.mark.skipif(shutil.which("false") is None, reason="no program that only fails")
 def test_a_compiler_that_fails(tmp_path: Path) -> None:
     (tmp_path / "auto").mkdir()
@@ -87,6 +123,9 @@ def test_a_wheel_has_the_kernels_with_and_without_build_isolation(tmp_path: Path
     for name in filter(None, files):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
+    leave(source / "build", "libmswift_cuda.so")
+    (source / "mswift" / "kernels" / "lib").mkdir()
+    (source / "mswift" / "kernels" / "lib" / "libmswift_cuda.so").write_bytes(b"old")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), *([] if isolation else ["--no-build-isolation"]), "."]
     done = subprocess.run(command, cwd=source, env={**os.environ, "MSWIFT_CUDA": "0"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -118,6 +118,32 @@ def test_a_device_without_its_kernels_is_told_of_once(monkeypatch: pytest.Monkey
         assert choice.announcement("cuda") == f"plain torch ({cuda.missing()})"
 
 
+def test_cuda_kernels_that_were_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """MSWIFT_CUDA=1 where they cannot run is an error, of a command and of a call; a device without them is not enough, nor they without a device."""
+    monkeypatch.setattr(cuda, "_FOLDER", tmp_path)
+    monkeypatch.setattr(extension, "missing", lambda: None)
+    cuda._stale.cache_clear()
+    for set_to in ("0", "auto"):
+        monkeypatch.setenv("MSWIFT_CUDA", set_to)
+        cuda.demand()
+    monkeypatch.setenv("MSWIFT_CUDA", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for ask in (cuda.demand, cuda.missing):
+        with pytest.raises(
+            ConfigError, match=r"^MSWIFT_CUDA=1: the CUDA kernels cannot run here \(they were not built: .*\); unset MSWIFT_CUDA to go on"
+        ):
+            ask()
+    (tmp_path / cuda_build.LIBRARY).write_bytes(b"")
+    (tmp_path / cuda_build.DIGEST).write_text(f"{cuda_build.digest()} 90", encoding="utf8")
+    cuda._stale.cache_clear()
+    cuda.demand()
+    assert cuda.missing() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"cannot run here \(no CUDA device\)"):
+        cuda.missing()
+    cuda._stale.cache_clear()
+
+
 def test_choice(operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "missing", lambda: None)
     single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
