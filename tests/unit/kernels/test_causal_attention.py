@@ -14,6 +14,7 @@ from torch import Tensor
 from mswift.kernels import choice, extension
 from mswift.kernels.causal_attention import causal_attention, usable
 from mswift.kernels.packed_attention import packed_attention
+from tests.unit.kernels.isa import passed_with
 
 pytestmark = pytest.mark.skipif(not extension.isa_at_least("avx512"), reason="the compiled kernels are not there, or the CPU has no AVX-512")
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -206,6 +207,11 @@ def test_arguments_are_named_in_errors() -> None:
         bounds, scale = rest[0] if rest and rest[0] is not None else torch.tensor([0, 8]), rest[1] if len(rest) == 2 else 1.0
         with pytest.raises(RuntimeError, match=message):
             torch.ops.mswift.causal_attention(q, k, v, bounds, None, scale, 0, 0)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="AVX-512 is what the other tests run")
+def test_the_code_for_avx512_as_well() -> None:
+    assert passed_with("avx512", __file__, "float32 and (values or views or worse)") > 10
 
 
 def test_when_it_runs() -> None:

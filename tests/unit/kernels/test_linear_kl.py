@@ -298,9 +298,8 @@ def test_finite_differences(kind: Any, top_k: int | None) -> None:
 
     assert torch.autograd.gradcheck(function, leaves, eps=1e-2, atol=2e-3, rtol=2e-3)
     once = function(*leaves).sum()
-    (first,) = torch.autograd.grad(once, leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="linear_kl has no second derivative"):
+        torch.autograd.grad(once, leaves[:1], create_graph=True)
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
