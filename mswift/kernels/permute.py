@@ -39,14 +39,13 @@ def _combine(x: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
 def _combine_gradients(grad: Tensor, x: Tensor, places: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     if choice.compiled(NAME, x):
         return torch.ops.mswift.combine_rows_backward(grad, x, places, weights)
-    there = places >= 0
-    grad_x, grad_weights = torch.zeros_like(x), torch.zeros(places.shape, device=x.device)
+    there, wide = places >= 0, grad.float()
+    grad_x, grad_weights = x.new_zeros(len(x) + 1, x.shape[1]), torch.zeros(places.shape, device=x.device)
     for number, column in enumerate(places.unbind(1)):
-        rows, token = column[there[:, number]], grad[there[:, number]]
-        factor = 1.0 if weights is None else weights[there[:, number], number][:, None]
-        grad_x[rows] = (factor * token.float()).to(x.dtype)
-        grad_weights[there[:, number], number] = (token.float() * x[rows].float()).sum(1)
-    return grad_x, grad_weights
+        scaled = wide if weights is None else weights[:, number, None] * wide
+        grad_x[column.masked_fill(column < 0, len(x))] = scaled.to(x.dtype)  # the last row takes what has no place
+        grad_weights[:, number] = (wide * x[column.clamp(min=0)].float()).sum(1) * there[:, number]
+    return grad_x[:-1], grad_weights
 
 
 class _Permute(torch.autograd.Function):

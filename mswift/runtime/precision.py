@@ -6,16 +6,15 @@ rounded once at the end, which is what bf16 hardware does as well (it accumulate
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()  # asked here, because within a graph of torch.compile it cannot be
 
-@functools.cache
+
 def cpu_multiplies_bf16() -> bool:
     """Whether torch has a vectorised bf16 product on this CPU (AVX-512, with or without AMX)."""
-    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    return _CAPABILITY.startswith(("AVX512", "AMX"))
 
 
 def needs_wide(tensor: Tensor) -> bool:
