@@ -158,6 +158,7 @@ FACES: dict[str, Callable[[int], Case]] = {
 }
 PRODUCTS = [name for name in FACES if "linear" in name]  # which torch's own layers compute in the dtype of a surrounding autocast
 BROKEN = {name: "how many tokens have labels is not known" for name in FACES if name.startswith(("linear_cross", "linear_log"))}
+BROKEN["linear_kl"] = "it says itself that it stays out of graphs"
 """Faces of which torch.compile makes more than one graph, and why."""
 
 
