@@ -368,6 +368,7 @@ long emu_wgmmas() {  // since the last call
   emu::products_issued = 0;
   return count;
 }
+uint32_t emu_operand(uint64_t descriptor, int transposed, uint32_t mn, uint32_t k) { return emu::Descriptor(descriptor, transposed).at(mn, k); }
 int emu_tensor_map(const void* base, uint64_t cols, uint64_t rows, uint64_t stride, uint32_t box_cols, uint32_t box_rows) {
   emu::TensorMap map;
   return emu::encode_tiled(&map, base, {cols, rows}, stride, {box_cols, box_rows});

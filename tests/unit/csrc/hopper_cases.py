@@ -50,14 +50,14 @@ def hopper_lora(emulator: Emulator, random: np.random.Generator) -> None:
     for rank, p, columns, mode in ((16, 0.3, 1, 0), (8, 0.0, 0, 1), (72, 0.2, 0, 2)):
         dropout = abi.Dropout(seed=0x123456789AB, first_row=3, first_column=6, full_width=6 + n - 2, threshold=abi.threshold_of(p))
         mask = mask_of(rows, n, dropout) if p else np.ones((rows, n))
-        x, low = some(random, rows, k), some(random, rows, rank)
+        x, low, bias = some(random, rows, k), some(random, rows, rank), random.normal(size=n).astype(np.float32)
         weight, up = (some(random, k, n), some(random, rank, n)) if columns else (some(random, n, k), some(random, n, rank))
         out = before.copy() if mode == 1 else unwritten(rows, n, dtype=np.float32 if mode else np.uint16)
         fields = given(x=x, weight=weight, low=low, up=up, out=out, rows=rows, n=n, k=k, rank=rank, x_stride=k, columns=columns, accumulate=mode)
-        fields.update(adapter_dropout=dropout, row_keep=keep if mode else None, row_factor=factor if mode else None)
+        fields.update(bias=bias, adapter_dropout=dropout, row_keep=keep if mode else None, row_factor=factor if mode else None)
         with wgmma(emulator, 4 * 8 * (2 + (rank + 63) // 64)):
             emulator.call("mswift_linear", linear(**fields), out=(out,))
-        want = wide(x) @ (wide(weight) if columns else wide(weight).T) + mask * (wide(low) @ (wide(up) if columns else wide(up).T))
+        want = bias + wide(x) @ (wide(weight) if columns else wide(weight).T) + mask * (wide(low) @ (wide(up) if columns else wide(up).T))
         scaled = wide(factor)[:, None] * want if mode else want
         close(out, scaled + (wide(keep)[:, None] * before if mode == 1 else 0), 1e-6)
 

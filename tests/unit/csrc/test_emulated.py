@@ -138,6 +138,40 @@ def test_the_model_refuses_tensor_maps_that_the_driver_refuses(library: Path) ->
         assert encode(address, *values) != 0, values
 
 
+# Examples of the PTX ISA, section "Canonical Layouts", for bf16: (mode of the swizzle and its bits; transposed; the layout without swizzle as
+# extents and strides of mn, then of k, in elements; leading and stride offsets in bytes), and those that the kernel uses.
+LAYOUTS = [
+    (0, 0, True, ((8, 1, 2), (1, 8, 64)), ((8, 2), (8, 128)), 128 * 2, 64 * 2),
+    (3, 1, True, ((8, 2, 2), (1, 8, 128)), ((8, 2), (16, 256)), 128 * 2, 256 * 2),
+    (2, 2, True, ((8, 4, 2), (1, 8, 256)), ((8, 2), (32, 512)), 256 * 2, 512 * 2),
+    (1, 3, True, ((8, 8, 4), (1, 8, 4096)), ((8, 2), (64, 512)), 8192, 1024),
+    (1, 3, False, ((8, 8), (64, 512)), ((8, 2), (1, 8)), 0, 1024),
+]
+
+
+@pytest.mark.parametrize(("mode", "bits", "transposed", "mn", "k", "leading", "stride"), LAYOUTS)
+def test_the_model_reads_descriptors_as_the_manual_says(
+    library: Path, mode: int, bits: int, transposed: bool, mn: tuple[tuple[int, ...], ...], k: tuple[tuple[int, ...], ...], leading: int, stride: int
+) -> None:
+    operand = Emulator(library).library["emu_operand"]
+    operand.argtypes, operand.restype = (ctypes.c_uint64, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32), ctypes.c_uint32
+    start = 5 * 4096
+    descriptor = mode << 62 | stride >> 4 << 32 | leading >> 4 << 16 | start >> 4
+
+    def at(index: int, extents: tuple[int, ...], strides: tuple[int, ...]) -> int:
+        return sum(index // int(np.prod(extents[:i])) % extents[i] * strides[i] for i in range(len(extents)))
+
+    seen = set()
+    for i in range(int(np.prod(mn[0]))):
+        for j in range(16):
+            plain = start + 2 * (at(i, *mn) + at(j, *k))
+            rows = plain // 128 % 2**bits
+            want = plain ^ rows << 4
+            assert operand(descriptor, transposed, i, j) == want, (i, j)
+            seen.add(want)
+    assert len(seen) == 16 * int(np.prod(mn[0])), "no two elements share a place"
+
+
 def test_the_kernel_for_hopper_leaves_to_the_other_what_it_does_not_do(library: Path) -> None:
     """Rows that are no multiple of 16 bytes, small sizes, groups, other weights, or not asked for: right all the same, and without one wgmma."""
     emulator, random = Emulator(library), np.random.default_rng(0)
