@@ -64,8 +64,7 @@ class _MeanLogit(torch.autograd.Function):
     @functions.forward
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int, group: Any, reduce_grad: bool) -> Tensor:
         total = weight[: limits.valid].sum(0, dtype=torch.float32).mul_(limits.scale / vocab)
-        with torch.autocast(hidden.device.type, enabled=False):
-            means = hidden.float() @ total
+        means = hidden.float() @ total
         if bias is not None:
             means = means + bias[: limits.valid].float().sum() * (limits.scale / vocab)
         if group is not None:
