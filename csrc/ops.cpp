@@ -60,7 +60,7 @@ TORCH_LIBRARY(mswift, m) {
   // between the products
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor rstd)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centred) -> (Tensor y, Tensor sum, Tensor rstd)");
-  m.def("rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor rstd, bool zero_centred) -> Tensor");
+  m.def("rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor rstd, bool zero_centred, bool of_weight) -> (Tensor, Tensor)");
   m.def("gated_activation(Tensor x, float slope, float cubic, float limit, float offset) -> Tensor");
   m.def("gated_activation_backward(Tensor grad, Tensor x, float slope, float cubic, float limit, float offset) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, bool interleaved, bool back) -> Tensor");

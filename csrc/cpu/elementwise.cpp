@@ -133,8 +133,9 @@ static std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_, const T
   return {y, sum, rstd};
 }
 
-static Tensor rms_norm_backward(
-    const Tensor& grad_, const std::optional<Tensor>& grad_sum_, const Tensor& x_, const Tensor& weight, const Tensor& rstd_, bool zero_centred) {
+static std::tuple<Tensor, Tensor> rms_norm_backward(
+    const Tensor& grad_, const std::optional<Tensor>& grad_sum_, const Tensor& x_, const Tensor& weight, const Tensor& rstd_, bool zero_centred,
+    bool of_weight) {
   check_norm(x_, weight, "rms_norm_backward");
   TORCH_CHECK(rstd_.sizes() == x_.sizes().slice(0, x_.dim() - 1) && rstd_.scalar_type() == at::kFloat, "rms_norm_backward: rstd must be float32, one a row of x, got ",
               rstd_.sizes());
@@ -153,7 +154,8 @@ static Tensor rms_norm_backward(
           data_of<float>(rstd)[r], data_of<Value>(dx) + at);
     });
   });
-  return dx;
+  if (!of_weight) return {dx, at::empty({0}, x.options().dtype(at::kFloat))};
+  return {dx, (grad.to(at::kFloat) * x.to(at::kFloat) * rstd.unsqueeze(-1)).reshape({rows, n}).sum(0)};
 }
 
 static Gate gate_of(double slope, double cubic, double limit, double offset) {

@@ -21,13 +21,21 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    library: Library, grad: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor, *, zero_centred: bool = False
+    library: Library,
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    zero_centred: bool = False,
+    of_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum (that of the norm plus `grad_sum`) and, in fp32, of the weight."""
+    """Gradients of the sum (that of the norm plus `grad_sum`) and, in fp32, of the weight, or nothing."""
     rows, cols = summed.shape
-    grad_x, partial = torch.empty_like(summed), summed.new_empty(abi.NORM_BLOCKS, cols, dtype=torch.float32)
-    grad_weight = summed.new_empty(cols, dtype=torch.float32)
-    arguments = (dtype_of(grad), grad, grad_sum, summed, weight, rstd, grad_x, partial, grad_weight, rows, cols, int(zero_centred))
+    grad_x, grad_weight = torch.empty_like(summed), summed.new_empty(cols if of_weight else 0, dtype=torch.float32)
+    sums = (summed.new_empty(abi.NORM_BLOCKS, cols, dtype=torch.float32), grad_weight) if of_weight else (None, None)
+    arguments = (dtype_of(grad), grad, grad_sum, summed, weight, rstd, grad_x, *sums, rows, cols, int(zero_centred))
     library.call("mswift_rms_norm_backward", grad, *arguments)
     return grad_x, grad_weight
 
@@ -122,19 +130,18 @@ def add_norm(library: Library, x: Tensor, residual: Tensor, weight: Tensor, eps:
     return y.view(x.shape), total.view(x.shape), rstd.view(x.shape[:-1])
 
 
-def norm_backward(library: Library, grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool) -> Tensor:
+def norm_backward(
+    library: Library, grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
     _check_norm(x, weight)
     for name, tensor in (("grad", grad), ("grad_sum", grad_sum)):
         if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype):
             raise RuntimeError(f"{name}: got {list(tensor.shape)} {tensor.dtype}, wanted as x, {list(x.shape)} {x.dtype}")
     if rstd.shape != x.shape[:-1] or rstd.dtype != torch.float32:
         raise RuntimeError(f"rstd: got {list(rstd.shape)} {rstd.dtype}, wanted float32 {list(x.shape[:-1])}")
-    rows, width = _rows(x), x.shape[-1]
-    grad_x = torch.empty_like(rows)
-    more = None if grad_sum is None else _rows(grad_sum)
-    arguments = (_rows(grad), more, rows, weight.contiguous(), rstd.contiguous(), grad_x, None, None, len(rows), width, int(zero_centred))
-    library.call("mswift_rms_norm_backward", x, dtype_of(x), *arguments)
-    return grad_x.view(x.shape)
+    inputs = (_rows(grad), None if grad_sum is None else _rows(grad_sum), _rows(x), weight.contiguous(), rstd.contiguous())
+    grad_x, grad_weight = rms_norm_backward(library, *inputs, zero_centred=zero_centred, of_weight=of_weight)
+    return grad_x.view(x.shape), grad_weight
 
 
 def _check_gate(x: Tensor, limit: float) -> None:

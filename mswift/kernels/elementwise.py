@@ -160,8 +160,8 @@ def _gradients_of_norm(
     if grad is None:
         return grad_sum, None
     x, weight, rstd = ctx.saved_tensors
-    d_weight = (grad.float() * x.float() * rstd[..., None]).flatten(0, -2).sum(0).to(weight.dtype) if weight_wanted else None
-    return torch.ops.mswift.rms_norm_backward(grad, grad_sum, x, weight, rstd, ctx.zero_centred) if wanted else None, d_weight
+    d_x, d_weight = torch.ops.mswift.rms_norm_backward(grad, grad_sum, x, weight, rstd, ctx.zero_centred, weight_wanted)
+    return d_x if wanted else None, d_weight.to(weight.dtype) if weight_wanted else None
 
 
 def _keep_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -187,12 +187,18 @@ def _plain(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _fake_norm_backward(
+    _grad: Tensor, _grad_sum: Tensor | None, x: Tensor, _weight: Tensor, _rstd: Tensor, _zero_centred: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return _plain(x), x.new_empty(x.shape[-1] if of_weight else 0, dtype=torch.float32)
+
+
 @extension.when_loaded
 def _describe() -> None:
     fake, autograd = torch.library.register_fake, torch.library.register_autograd
     fake("mswift::rms_norm", lambda x, *_: (_plain(x), x.new_empty(x.shape[:-1], dtype=torch.float32)))
     fake("mswift::add_rms_norm", lambda x, *_: (_plain(x), _plain(x), x.new_empty(x.shape[:-1], dtype=torch.float32)))
-    fake("mswift::rms_norm_backward", lambda grad, grad_sum, x, *__: _plain(x))
+    fake("mswift::rms_norm_backward", _fake_norm_backward)
     fake("mswift::gated_activation", lambda x, *_: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
     fake("mswift::gated_activation_backward", lambda _, x, *__: _plain(x))
     fake("mswift::rotate", lambda x, *_: _plain(x))

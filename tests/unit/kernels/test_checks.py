@@ -206,10 +206,10 @@ def test_the_operators_of_gradients_check_all_that_they_read() -> None:
     low, factor, none = draw(4, 2), draw(12), [0] * 5
     grads = draw(4, 12)
     wrong: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
-        (ops.rms_norm_backward, (x, None, x, weight[:5], rstd, False), "weight must be"),
-        (ops.rms_norm_backward, (x, None, x, weight, rstd[:2], False), "rstd must be float32"),
-        (ops.rms_norm_backward, (x, None, x, weight, rstd.double(), False), "rstd must be float32"),
-        (ops.rms_norm_backward, (x[:2], None, x, weight, rstd, False), "grad must be as x"),
+        (ops.rms_norm_backward, (x, None, x, weight[:5], rstd, False, True), "weight must be"),
+        (ops.rms_norm_backward, (x, None, x, weight, rstd[:2], False, True), "rstd must be float32"),
+        (ops.rms_norm_backward, (x, None, x, weight, rstd.double(), False, True), "rstd must be float32"),
+        (ops.rms_norm_backward, (x[:2], None, x, weight, rstd, False, True), "grad must be as x"),
         (ops.gated_activation_backward, (draw(8, 6, 4), x, 1.0, 0.0, 1.0, 0.0), r"grad must be \[4, 6, 8\]"),
         (ops.gated_activation_backward, (draw(4, 6, 8).double(), x, 1.0, 0.0, 1.0, 0.0), "in the dtype of x"),
         (ops.lora_linear_grad_factors, (grads, X, low, low.to(BF16), None, grads, none), "grad_low: got BFloat16"),

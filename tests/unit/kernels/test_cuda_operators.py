@@ -67,12 +67,14 @@ def both(function: Callable[..., Tensor], inputs: list[Tensor], library: Emulate
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_norms_gates_and_rotations(emulated: Emulated, dtype: torch.dtype) -> None:
+    """The backward launch of a norm gives the weight's parts, another one adds them up."""
     x, weight = draw(3, 2, 24, dtype=dtype), draw(24, seed=1, dtype=dtype)
+    both(lambda x: rms_norm(x, weight, 1e-3), [x], emulated, 2, LIMITS[dtype])
     for zero_centred in (False, True):
-        both(partial(rms_norm, eps=1e-3, zero_centred=zero_centred), [x, weight], emulated, 2, LIMITS[dtype])
-    both(lambda x, w: rms_norm(x.transpose(0, 1), w, 1e-3), [x, weight], emulated, 2, LIMITS[dtype])
-    both(lambda x, r, w: torch.stack(add_rms_norm(x, r, w, 1e-3)), [x, draw(3, 2, 24, seed=4, dtype=dtype), weight], emulated, 2, LIMITS[dtype])
-    both(lambda x, r, w: add_rms_norm(x, r, w, 1e-3)[0], [x, draw(3, 2, 24, seed=4, dtype=dtype), weight], emulated, 2, LIMITS[dtype])
+        both(partial(rms_norm, eps=1e-3, zero_centred=zero_centred), [x, weight], emulated, 3, LIMITS[dtype])
+    both(lambda x, w: rms_norm(x.transpose(0, 1), w, 1e-3), [x, weight], emulated, 3, LIMITS[dtype])
+    both(lambda x, r, w: torch.stack(add_rms_norm(x, r, w, 1e-3)), [x, draw(3, 2, 24, seed=4, dtype=dtype), weight], emulated, 3, LIMITS[dtype])
+    both(lambda x, r, w: add_rms_norm(x, r, w, 1e-3)[0], [x, draw(3, 2, 24, seed=4, dtype=dtype), weight], emulated, 3, LIMITS[dtype])
     for gate in (SILU, GELU_TANH, Gate(slope=1.702, limit=1.0, offset=1.0)):
         both(partial(gated_activation, gate=gate), [2 * x], emulated, 2, LIMITS[dtype])
     fused = draw(5, 2, 3, 40, dtype=dtype)  # queries straight out of a fused projection, of a batch of two
@@ -313,8 +315,8 @@ def test_operands_that_a_kernel_would_read_beyond_are_refused_by_name(emulated: 
         (lambda: ops.combine_rows(x, places, None), "index: wanted"),
         (lambda: ops.combine_rows(x, places.clamp(max=3), torch.ones(1, 3)), "weights: got"),
         (lambda: ops.combine_rows_backward(x[:3], x, places.clamp(max=3), None), "grad: got"),
-        (lambda: ops.rms_norm_backward(x, None, x, x[0], torch.ones(4), False), "rstd: got"),
-        (lambda: ops.rms_norm_backward(x[:2], None, x, x[0], torch.ones(5), False), "grad: got"),
+        (lambda: ops.rms_norm_backward(x, None, x, x[0], torch.ones(4), False, True), "rstd: got"),
+        (lambda: ops.rms_norm_backward(x[:2], None, x, x[0], torch.ones(5), False, True), "grad: got"),
         (lambda: ops.gated_activation_backward(x, x, 1.0, 0.0, 1.0, 0.0), "grad: got"),
     ):
         with pytest.raises(RuntimeError, match=message):
