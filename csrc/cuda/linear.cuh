@@ -9,15 +9,14 @@ template <class B> struct Linear {
   Matrix low, up;  // the adapter, of the first group; rank 0: none
   Dropout mask;    // of the adapter's product
   const void* bias;
-  const float *column_scale, *row_keep, *row_factor;
+  const float* column_scale;
   const int64_t *offsets, *group_seeds;
   const uint64_t *weight_table, *up_table, *bias_table;
-  void* out;
-  bf16* inner;
+  bf16 *out, *inner;
   int64_t rows, n, k, weight_stride, up_stride, bias_stride;
   int groups;
   float alpha;
-  bool wide_out, accumulate, wide_bias;
+  bool wide_bias;
 };
 
 // What a table says of a group, or what lies `stride` elements behind what the group before has
@@ -80,7 +79,6 @@ template <class S, class B> __device__ __forceinline__ void finish_tile(const Ti
     for (int half = 0; half < 2; half++) {
       const int64_t row = where.begin + row_of<S>(i, half * 2);
       if (row >= where.end) continue;
-      const float keep = l.row_keep ? load(l.row_keep + row) : 1.0f, factor = l.row_factor ? load(l.row_factor + row) : 1.0f;
 #pragma unroll
       for (int j = 0; j < S::NF; j++) {
         const int64_t column = n0 + column_of<S>(j, 0);
@@ -90,10 +88,8 @@ template <class S, class B> __device__ __forceinline__ void finish_tile(const Ti
         for (int e = 0; e < 2; e++) {
           if (column + e < l.n && l.column_scale) value[e] *= load(l.column_scale + column + e);
           if (column + e < l.n && bias) value[e] += either(bias, column + e, l.wide_bias);
-          float* out = static_cast<float*>(l.out) + row * l.n + column + e;
-          if (l.wide_out && column + e < l.n) store(out, factor * value[e] + (l.accumulate ? keep * load_again(out) : 0.0f));
         }
-        if (!l.wide_out) store_pair(static_cast<bf16*>(l.out) + row * l.n, column, l.n, value[0], value[1], l.n % 2 == 0);
+        store_pair(l.out + row * l.n, column, l.n, value[0], value[1], l.n % 2 == 0);
       }
     }
 }
@@ -136,14 +132,12 @@ template <bool COLUMNS, class B> Linear<B> linear_of(const mswift_linear_args& a
                     dropout(a.adapter_dropout),
                     a.bias,
                     a.column_scale,
-                    a.row_keep,
-                    a.row_factor,
                     a.offsets,
                     a.offsets ? a.group_seeds : nullptr,
                     a.weight_table,
                     a.up_table,
                     a.bias_table,
-                    a.out,
+                    static_cast<bf16*>(a.out),
                     static_cast<bf16*>(a.inner),
                     a.rows,
                     a.n,
@@ -153,8 +147,6 @@ template <bool COLUMNS, class B> Linear<B> linear_of(const mswift_linear_args& a
                     a.bias_stride,
                     static_cast<int>(groups),
                     a.alpha,
-                    a.accumulate != 0,
-                    a.accumulate == 1,
                     a.bias_dtype == 0};
 }
 

@@ -69,19 +69,18 @@ int mswift_column_sum(int dtype, const void* a, const void* b, float* partial, f
  *   quantised weights are [n, k] ([k, n] if columns) with k (n) a multiple of 8, and group strides count elements too.
  * group_seeds: int64 [groups], a dropout seed for each group, whose mask then counts rows from the group's first; NULL: the masks' own seeds.
  * bias_dtype: 0 fp32, 1 bf16.
- * inner (NULL: not wanted), bf16: alpha (base + mask adapter), without column_scale and bias.
- * x_dropout, x_column_scale [k]: done to x while it is read.   thin: the tile for n of at most 64.
- * accumulate 0: out is bf16. 1: out is fp32 and out = row_keep[i] out + row_factor[i] (...) (NULL: ones). 2: out is fp32, out = row_factor[i] (...). */
+ * inner (NULL: not wanted), bf16: alpha (base + mask adapter), without column_scale and bias. out: bf16.
+ * x_dropout, x_column_scale [k]: done to x while it is read.   thin: the tile for n of at most 64. */
 typedef struct {
   const void *x, *weight, *low, *up, *bias;
-  const float *weight_scales, *column_scale, *x_column_scale, *row_keep, *row_factor;
+  const float *weight_scales, *column_scale, *x_column_scale;
   const int64_t *offsets, *group_seeds;
   const uint64_t *weight_table, *up_table, *bias_table;
   void *out, *inner;
   int64_t rows, n, k, rank, x_stride, weight_stride, up_stride, bias_stride, groups;
   mswift_dropout x_dropout, adapter_dropout;
   float alpha;
-  int weight_kind, weight_block, bias_dtype, columns, thin, accumulate;
+  int weight_kind, weight_block, bias_dtype, columns, thin;
 } mswift_linear_args;
 int mswift_linear(const mswift_linear_args* args, void* stream);
 

@@ -32,13 +32,13 @@ class Dropout(ctypes.Structure):
 class Linear(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "weight", "low", "up", "bias")),
-        *((name, c_void_p) for name in ("weight_scales", "column_scale", "x_column_scale", "row_keep", "row_factor")),
+        *((name, c_void_p) for name in ("weight_scales", "column_scale", "x_column_scale")),
         *((name, c_void_p) for name in ("offsets", "group_seeds", "weight_table", "up_table", "bias_table", "out", "inner")),
         *((name, c_int64) for name in ("rows", "n", "k", "rank", "x_stride", "weight_stride", "up_stride", "bias_stride", "groups")),
         ("x_dropout", Dropout),
         ("adapter_dropout", Dropout),
         ("alpha", c_float),
-        *((name, c_int) for name in ("weight_kind", "weight_block", "bias_dtype", "columns", "thin", "accumulate")),
+        *((name, c_int) for name in ("weight_kind", "weight_block", "bias_dtype", "columns", "thin")),
     )
 
 

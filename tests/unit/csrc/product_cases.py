@@ -59,17 +59,6 @@ def plain_linear(emulator: Emulator, random: np.random.Generator) -> None:
         close(out, 0.5 * (wide(rounded(wide(x) * x_scale)) @ matrix) * wide(scale), 1e-6)
 
 
-def accumulation(emulator: Emulator, random: np.random.Generator) -> None:
-    rows, n, k = 6, 20, 40
-    x, weight, keep, factor = some(random, rows, k), some(random, k, n), *random.uniform(0.1, 1, size=(2, rows)).astype(np.float32)
-    before = random.normal(size=(rows, n)).astype(np.float32)
-    for mode in (1, 2):
-        out = before.copy() if mode == 1 else unwritten(rows, n)
-        fields = given(x=x, weight=weight, row_keep=keep, row_factor=factor, out=out, rows=rows, n=n, k=k, x_stride=k, columns=1, accumulate=mode)
-        emulator.call("mswift_linear", linear(**fields), out=(out,))
-        close(out, (wide(keep)[:, None] * before if mode == 1 else 0) + wide(factor)[:, None] * (wide(x) @ wide(weight)), 1e-6)
-
-
 def lora(emulator: Emulator, random: np.random.Generator) -> None:
     """A layer with its adapter, all five products, with and without dropout; the input is some columns of a wider activation."""
     for rows, inside, outside, rank, p in ((9, 24, 40, 8, 0.0), (133, 56, 144, 16, 0.3), (7, 37, 21, 5, 0.2)):
@@ -245,4 +234,4 @@ def quantised(emulator: Emulator, random: np.random.Generator) -> None:
         close(out, wide(x) @ (weight if columns else weight.T), 1e-6)
 
 
-CASES = {case.__name__: case for case in (plain_linear, accumulation, lora, grouped, drop, weight_gradient, quantised)}
+CASES = {case.__name__: case for case in (plain_linear, lora, grouped, drop, weight_gradient, quantised)}
