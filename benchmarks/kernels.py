@@ -2,7 +2,8 @@
 
 All methods of a case run in turn, round after round, in one process; a ratio is the median of the rounds' ratios. With one thread the time is
 the process's CPU time, with more it is the wall's. The last line is JSON: rows of ``name, threads, ours_s, peer, peer_s, ratio, limit_s,
-limit_ratio, extra_mib`` (ratio: peer / ours; limit_ratio: limit / ours, 1.0 where nothing but the products takes time).
+limit_ratio, extra_mib`` (ratio: peer / ours; limit_ratio: limit / ours, 1.0 where nothing but the products takes time), for what only moves
+memory also ``ours_gb_s, limit_gb_s``, that of ours and of a copy of as many bytes.
 
 Usage: python benchmarks/kernels.py [--only head/small lora] [--rounds 7] [--threads 1 2] [--no-compile]
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels_experts
+import kernels_more
 
 Methods = dict[str, Callable[[], Any]]
 SMALL, LARGE = (2048, 576, 49_152), (1024, 2048, 151_936)
@@ -29,7 +31,7 @@ BLOCK = 4096
 # ---- linear + cross entropy ----------------------------------------------------------------------------------------------------------
 
 
-def head(shape: tuple[int, int, int], trained: bool, labelled: float, compiled: bool, dtype: str = "bfloat16") -> Methods:
+def head(shape: tuple[int, int, int], trained: bool, labelled: float, compiled: bool, dtype: str = "bfloat16", slow_peers: bool = False) -> Methods:
     """Forward and backward of the loss of a head."""
     import torch
     from torch import nn
@@ -71,7 +73,7 @@ def head(shape: tuple[int, int, int], trained: bool, labelled: float, compiled: 
     }
     if compiled:
         methods["torch.compile"] = partial(step, torch.compile(eager))
-    if shape == SMALL and hasattr(nn.functional, "linear_cross_entropy"):  # on the large shape one step of it takes minutes
+    if (shape == SMALL or slow_peers) and hasattr(nn.functional, "linear_cross_entropy"):  # on the large shape one step of it takes minutes
         methods["F.linear_cross_entropy"] = partial(step, lambda x, w, y: nn.functional.linear_cross_entropy(x, w, y, reduction="sum"))
     return methods
 
@@ -146,6 +148,19 @@ def fresh(*shape: int, dtype: str = "bfloat16") -> Any:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype)).requires_grad_()
 
 
+class Copy:
+    """A copy that reads and writes as many bytes as an operator must: `values` of a dtype."""
+
+    def __init__(self, values: int, dtype: Any) -> None:
+        import torch
+
+        self.source, self.target = (torch.zeros(values // 2, dtype=dtype) for _ in range(2))
+        self.bytes = 2 * self.source.nbytes
+
+    def __call__(self) -> None:
+        self.target.copy_(self.source)
+
+
 def both_ways(inputs: list[Any], ours: Callable[..., Any], eager: Callable[..., Any], compiled: bool, touched: int) -> Methods:
     """Forward and backward of an operator; the limit is a copy of as many bytes as it must read and write, `touched` values."""
     import torch
@@ -155,12 +170,11 @@ def both_ways(inputs: list[Any], ours: Callable[..., Any], eager: Callable[..., 
         return found if isinstance(found, tuple) else (found,)
 
     pull = tuple(map(torch.ones_like, outputs(eager)))
-    source, target = (torch.zeros(touched // 2, dtype=inputs[0].dtype) for _ in range(2))
 
     def step(function: Callable[..., Any]) -> None:
         torch.autograd.grad(outputs(function), inputs, pull)
 
-    methods: Methods = {"ours": partial(step, ours), "limit": partial(target.copy_, source), "eager": partial(step, eager)}
+    methods: Methods = {"ours": partial(step, ours), "limit": Copy(touched, inputs[0].dtype), "eager": partial(step, eager)}
     return {**methods, "torch.compile": partial(step, torch.compile(eager))} if compiled else methods
 
 
@@ -245,11 +259,11 @@ def attention(dtype: str, packed: bool, compiled: bool) -> Methods:
     return {**methods, "limit": products}
 
 
-def cases(compiled: bool) -> Iterator[tuple[str, Callable[[], Methods]]]:
+def cases(compiled: bool, slow_peers: bool = False) -> Iterator[tuple[str, Callable[[], Methods]]]:
     for name, shape in (("small", SMALL), ("large", LARGE)):
         for kind, trained in (("frozen", False), ("trained", True)):
             for labelled in (1.0, 0.4):
-                yield f"head/{name}/{kind}/{labelled:.0%}", partial(head, shape, trained, labelled, compiled)
+                yield f"head/{name}/{kind}/{labelled:.0%}", partial(head, shape, trained, labelled, compiled, slow_peers=slow_peers)
     for into, out in ((576, 1536), (2048, 8192)):
         for rank in (8, 16, 64):
             for dropout in (0.0, 0.1):
@@ -261,6 +275,7 @@ def cases(compiled: bool) -> Iterator[tuple[str, Callable[[], Methods]]]:
         for packed in (False, True):
             yield f"attention/{'8x128' if packed else '2x512'}/{dtype}", partial(attention, dtype, packed, compiled)
     yield from kernels_experts.cases(compiled)
+    yield from kernels_more.cases(compiled)
     for kind, trained in (("frozen", False), ("trained", True)):
         yield f"fp32/head/small/{kind}", partial(head, SMALL, trained, 1.0, compiled, "float32")
     for into, out in ((576, 1536), (2048, 8192)):
@@ -294,7 +309,9 @@ def measure(name: str, make: Callable[[], Methods], threads: int, rounds: int) -
         return round(statistics.median(other / own for other, own in zip(times[method], times["ours"])), 3)
 
     middle = {method: round(statistics.median(values), 5) for method, values in times.items()}
-    common = {"name": name, "threads": threads, "ours_s": middle["ours"], "limit_s": middle["limit"], "limit_ratio": ratio("limit")}
+    common: dict[str, Any] = {"name": name, "threads": threads, "ours_s": middle["ours"], "limit_s": middle["limit"], "limit_ratio": ratio("limit")}
+    if isinstance(copy := methods["limit"], Copy):
+        common |= {f"{method}_gb_s": round(copy.bytes / middle[method] / 1e9, 2) for method in ("ours", "limit")}
     peers = [method for method in methods if method not in ("ours", "limit")]
     return [{**common, "peer": peer, "peer_s": middle[peer], "ratio": ratio(peer)} for peer in peers] or [common]
 
@@ -334,9 +351,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--memory", action="store_true", help="measure the memory of ours too, in a process of its own")
+    parser.add_argument("--slow-peers", action="store_true", help="F.linear_cross_entropy on the large shape too, minutes a step")
     options = parser.parse_args()
     rows = []
-    for name, make in cases(not options.no_compile):
+    for name, make in cases(not options.no_compile, options.slow_peers):
         if not name.startswith(tuple(options.only)):
             continue
         extra = {"extra_mib": extra_memory(name)} if options.memory else {}
