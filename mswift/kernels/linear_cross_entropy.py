@@ -14,29 +14,44 @@ from mswift.kernels.linear_softmax import Limits, capped_logits, chunk_rows
 from mswift.runtime.precision import widen
 
 
-class _MeanCappedLogit(torch.autograd.Function):
-    """The mean of each token's capped logits over the whole vocabulary, in chunks of tokens; they are computed again for the gradient."""
+class _SumOfGradients(torch.autograd.Function):
+    """Its argument; the gradient is summed over ranks, once for all that the argument is used for."""
 
     @staticmethod
     @functions.forward
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int, group: Any, reduce_grad: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @functions.backward("linear_cross_entropy")
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _MeanCappedLogit(torch.autograd.Function):
+    """What the capped logits here add to each token's mean over the whole vocabulary, in chunks; they are computed again for the gradient."""
+
+    @staticmethod
+    @functions.forward
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int) -> Tensor:
         wide, short = widen(weight)[: limits.valid], None if bias is None else bias[: limits.valid]
         means = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         step = chunk_rows(weight.shape[0])
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             means[rows] = capped_logits(hidden[rows], wide, short, limits).sum(-1).div_(vocab)
-        if group is not None:
-            dist.all_reduce(means, group=group)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.rest = (limits, vocab, group, reduce_grad)
+        ctx.rest = (limits, vocab)
         return means
 
     @staticmethod
     @functions.backward("linear_cross_entropy")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        limits, vocab, group, reduce_grad = ctx.rest
+        limits, vocab = ctx.rest
         wide, short = widen(weight)[: limits.valid], None if bias is None else bias[: limits.valid]
         sizes = (hidden.shape, weight.shape, weight.shape[:1])
         sums = [torch.zeros(size, device=hidden.device) if wanted else None for size, wanted in zip(sizes, ctx.needs_input_grad)]
@@ -52,28 +67,24 @@ class _MeanCappedLogit(torch.autograd.Function):
                 sums[0][rows] = (gradient @ wide).float()
             if sums[1] is not None:
                 sums[1][: limits.valid] += gradient.t() @ hidden[rows].to(wide.dtype)
-        if sums[0] is not None and group is not None and reduce_grad:
-            dist.all_reduce(sums[0], group=group)
-        return *(None if part is None or to is None else part.to(to.dtype) for part, to in zip(sums, (hidden, weight, bias))), None, None, None, None
+        return *(None if part is None or to is None else part.to(to.dtype) for part, to in zip(sums, (hidden, weight, bias))), None, None
 
 
 class _MeanLogit(torch.autograd.Function):
-    """The mean of each token's logits over the whole vocabulary (without a cap): one product with the sum of the weight's rows."""
+    """What the logits here (without a cap) add to each token's mean over the whole vocabulary: one product with the sum of the weight's rows."""
 
     @staticmethod
     @functions.forward
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int, group: Any, reduce_grad: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, vocab: int) -> Tensor:
         total = weight[: limits.valid].sum(0, dtype=torch.float32).mul_(limits.scale / vocab)
         means = hidden.float() @ total
         if bias is not None:
             means = means + bias[: limits.valid].float().sum() * (limits.scale / vocab)
-        if group is not None:
-            dist.all_reduce(means, group=group)
         ctx.save_for_backward(hidden if weight.requires_grad else None, total)
         ctx.shape, ctx.dtypes, ctx.rest = (
             weight.shape,
             (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
-            (limits, vocab, group, reduce_grad),
+            (limits, vocab),
         )
         return means
 
@@ -81,12 +92,10 @@ class _MeanLogit(torch.autograd.Function):
     @functions.backward("linear_cross_entropy")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, total = ctx.saved_tensors
-        limits, vocab, group, reduce_grad = ctx.rest
+        limits, vocab = ctx.rest
         grad_hidden, grad_weight, grad_bias = None, None, None
         if ctx.needs_input_grad[0]:
             grad_hidden = torch.outer(grads[0], total).to(ctx.dtypes[0])
-            if group is not None and reduce_grad:
-                dist.all_reduce(grad_hidden, group=group)
         if ctx.needs_input_grad[1]:
             row = (grads[0] @ hidden.float()).mul_(limits.scale / vocab).to(ctx.dtypes[1])
             grad_weight = torch.zeros(ctx.shape, dtype=ctx.dtypes[1], device=row.device)
@@ -94,7 +103,7 @@ class _MeanLogit(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = torch.zeros(ctx.shape[:1], dtype=ctx.dtypes[2], device=total.device)
             grad_bias[: limits.valid] = grads[0].sum() * (limits.scale / vocab)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def linear_cross_entropy(
@@ -146,12 +155,16 @@ def linear_cross_entropy(
     hidden, weight, bias = autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
     if len(scored) != len(flat_labels):
         hidden = hidden.index_select(0, scored)
-    log_probs, _, lse = score(hidden, weight, target, bias, limits, first, group, reduce_grad, entropy_grad=False)
-    losses = -log_probs
+    along = None
     if label_smoothing:
         vocab = vocab_size or weight.shape[0] * (1 if group is None else group.size())
-        even = lse - (_MeanLogit if softcap is None else _MeanCappedLogit).apply(hidden, weight, bias, limits, vocab, group, reduce_grad)
-        losses = (1.0 - label_smoothing) * losses + label_smoothing * even
+        if group is not None and reduce_grad:
+            hidden, reduce_grad = _SumOfGradients.apply(hidden, group), False
+        along = (_MeanLogit if softcap is None else _MeanCappedLogit).apply(hidden, weight, bias, limits, vocab)
+    (log_probs, _, lse), mean = score(hidden, weight, target, bias, limits, first, group, reduce_grad, entropy_grad=False, along=along)
+    losses = -log_probs
+    if label_smoothing:
+        losses = (1.0 - label_smoothing) * losses + label_smoothing * (lse - mean)
     if z_loss:
         losses = losses + z_loss * lse.square()
     if token_weights is not None:

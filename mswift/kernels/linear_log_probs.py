@@ -45,18 +45,19 @@ class _Parts(NamedTuple):
     own: Tensor  # factor that turns this rank's sums of e into sums of probabilities
     label_prob: Tensor
     other_prob: Tensor  # 1 - label_prob, exact also where that is tiny
+    total: Tensor  # the sum over ranks of what was sent along; empty
 
 
-def _combine(mine: Statistics, group: dist.ProcessGroup | None) -> _Parts:
-    """Put the ranks' sums together: (reference, others, spread, label logit) of each, exchanged once."""
-    packed = torch.stack((mine.reference, mine.others, mine.spread, mine.label))
+def _combine(mine: Statistics, along: Tensor | None, group: dist.ProcessGroup | None) -> _Parts:
+    """Put the ranks' sums together: (reference, others, spread, label logit) of each, exchanged once, with `along` if there is one."""
+    packed = torch.stack((mine.reference, mine.others, mine.spread, mine.label, *(() if along is None else (along,))))
     if group is None:
         every = packed[None]
     else:
         gathered = [torch.empty_like(packed) for _ in range(group.size())]
         dist.all_gather(gathered, packed, group=group)
         every = torch.stack(gathered)
-    reference, others, spread, label = every.unbind(1)
+    reference, others, spread, label = every[:, :4].unbind(1)
     label = label.amax(0)
     peak = reference.amax(0)
     factors = (reference - peak).exp()
@@ -67,19 +68,21 @@ def _combine(mine: Statistics, group: dist.ProcessGroup | None) -> _Parts:
     label_prob, other_prob = log_probs.exp(), torch.sigmoid(margin)
     weights = (reference - lse).exp()
     entropy = (weights * ((lse - reference) * others - spread)).sum(0) - label_prob * log_probs
-    return _Parts(log_probs, entropy, lse, (mine.reference - lse).exp(), label_prob, other_prob)
+    return _Parts(log_probs, entropy, lse, (mine.reference - lse).exp(), label_prob, other_prob, every[:, 4:].sum(0).view(-1))
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @functions.forward
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, setting: _Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, along: Tensor | None, setting: _Setting
+    ) -> tuple[Tensor, ...]:
         limits = setting.limits
         local = labels - setting.first
         local = local.masked_fill((local < 0) | (local >= limits.valid), -1)
         wants_hidden = ctx.needs_input_grad[0]
         mine = statistics(hidden, weight, bias, local, limits, (2 if setting.entropy_grad else 1) if wants_hidden else 0)
-        parts = _combine(mine, setting.group)
+        parts = _combine(mine, along, setting.group)
         ctx.setting, ctx.has_bias = setting, bias is not None
         ctx.trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         means: tuple[Tensor, ...] = ()
@@ -90,19 +93,18 @@ class _LinearLogProbs(torch.autograd.Function):
                 means = (mean.to(hidden.dtype), mine.mean2.to(hidden.dtype))
             else:
                 means = (mean.to(hidden.dtype),)
-        if not setting.entropy_grad:
-            ctx.mark_non_differentiable(parts.entropy)
+        ctx.mark_non_differentiable(*(() if setting.entropy_grad else (parts.entropy,)), *(() if along is not None else (parts.total,)))
         ctx.save_for_backward(
             hidden if ctx.trained else None, weight, bias, local, mine.label, *parts[:3], parts.label_prob, parts.other_prob, *means
         )
-        return parts.log_probs, parts.entropy, parts.lse
+        return parts.log_probs, parts.entropy, parts.lse, parts.total
 
     @staticmethod
     @functions.backward("linear_log_probs")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, local, label, log_probs, entropy, lse, label_prob, other_prob, *means = ctx.saved_tensors
         setting: _Setting = ctx.setting
-        to_log_prob, to_entropy, to_lse = (grad.float() for grad in grads)
+        to_log_prob, to_entropy, to_lse = (grad.float() for grad in grads[:3])
         if not setting.entropy_grad:
             to_entropy = torch.zeros_like(to_log_prob)
         grad_hidden, grad_weight, grad_bias = None, None, None
@@ -123,7 +125,7 @@ class _LinearLogProbs(torch.autograd.Function):
             factors = torch.stack((lse, a, to_entropy, to_log_prob))
             grad_weight, grad_bias = weight_gradient(hidden, weight, bias, local, factors, setting.limits)
             grad_bias = grad_bias.to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None
-        return grad_hidden, grad_weight if ctx.needs_input_grad[1] else None, grad_bias, None, None
+        return grad_hidden, grad_weight if ctx.needs_input_grad[1] else None, grad_bias, None, grads[3] if ctx.needs_input_grad[4] else None, None
 
 
 def check(hidden_states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None) -> None:
@@ -163,12 +165,22 @@ def check_labels(labels: Tensor, weight: Tensor, vocab_size: int | None, group: 
 
 
 def score(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, limits: Limits, first: int, group: Any, reduce_grad: bool, entropy_grad: bool
-) -> LogProbs:
-    """`linear_log_probs` of flat tokens that are all scored, with everything resolved."""
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    limits: Limits,
+    first: int,
+    group: Any,
+    reduce_grad: bool,
+    entropy_grad: bool,
+    along: Tensor | None = None,
+) -> tuple[LogProbs, Tensor]:
+    """`linear_log_probs` of flat tokens that are all scored, with everything resolved; and the sum over ranks of `along`, fp32 ``[tokens]``."""
     setting = _Setting(limits, first, group, reduce_grad, entropy_grad)
     wide = hidden if hidden.dtype == weight.dtype else hidden.to(weight.dtype)
-    return LogProbs(*_LinearLogProbs.apply(wide, weight, bias, labels, setting))
+    *values, total = _LinearLogProbs.apply(wide, weight, bias, labels, along, setting)
+    return LogProbs(*values), total
 
 
 def linear_log_probs(
@@ -215,7 +227,7 @@ def linear_log_probs(
     hidden, weight, bias = autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
     if len(scored) != len(flat_labels):
         hidden = hidden.index_select(0, scored)
-    values = score(hidden, weight, target, bias, Limits(valid, logit_scale, softcap or 0.0), first, group, reduce_grad, entropy_grad)
+    values, _ = score(hidden, weight, target, bias, Limits(valid, logit_scale, softcap or 0.0), first, group, reduce_grad, entropy_grad)
     return LogProbs(*(spread_out(value, scored, labels) for value in values))
 
 

@@ -204,6 +204,30 @@ def test_smoothing_of_capped_logits_over_ranks(world: int) -> None:
     close(whole | {name: torch.cat([part[name] for part in parts]) for name in ("weight", "bias")}, truth, 1e-5)
 
 
+def _exchanges(rank: int, world: int, options: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the collectives of the forward and of the backward pass."""
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    data = inputs(23, 32, 32)
+    hidden = data["hidden_states"].requires_grad_()
+    weight = data["weight"].chunk(world)[rank].contiguous().requires_grad_()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as forward:
+        total = linear_cross_entropy(hidden, weight, data["labels"], group=group, **options).sum()
+    with torch.profiler.profile(activities=activities) as backward:
+        total.backward()
+    names = [[event.name for event in profile.events() if event.name.startswith("gloo:")] for profile in (forward, backward)]
+    return names[0], names[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "softcap": 3.0, "z_loss": 0.1}])
+def test_one_exchange_each_way(options: dict[str, Any]) -> None:
+    forward, backward = run_distributed(_exchanges, 2, options)[0]
+    assert forward == ["gloo:all_gather"]
+    assert backward == ["gloo:all_reduce"]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_large_vocabulary_over_ranks(world: int) -> None:
     vocab, options = 151_935, {"label_smoothing": 0.1, "z_loss": 1e-3}
