@@ -129,7 +129,7 @@ def _reference_weight_gradient(
     for start in range(0, len(labels) if limits.valid else 0, step):
         rows = slice(start, start + step)
         lse, a, b, g = (part[rows][:, None] for part in factors)
-        logits = capped_logits(hidden[rows], wide, short, limits)
+        logits = capped_logits(hidden[rows], wide, short, limits).clamp_(min=_LOWEST)  # of a bias of -inf: not 0 times infinity below
         slope = _slope(logits, limits.cap)
         gradient = (logits - lse).exp_().mul_(a - b * logits)
         gradient.scatter_add_(1, labels[rows].masked_fill(~here[rows], 0)[:, None], g * here[rows][:, None])

@@ -158,6 +158,26 @@ def test_any_range_of_logits(implementation: str, scale: float, rising: bool) ->
     torch.testing.assert_close(found.mean.double() / found.others.double()[:, None], truth["mean"], atol=1e-5 + 4 * ulp, rtol=1e-4)
 
 
+@pytest.mark.parametrize("b", [0.0, 0.3])
+def test_rows_with_a_bias_of_minus_infinity(implementation: str, b: float) -> None:
+    """Banned tokens: no probability, and finite gradients that are zero there."""
+    for dtype in (torch.float32, *([torch.bfloat16] if CAN_BF16 else [])):
+        hidden, weight, bias, labels = operands(37, 24, 90, dtype, True)
+        bias[7:40] = -torch.inf
+        labels = torch.where((labels >= 7) & (labels < 40), 5, labels)
+        factors = torch.stack((torch.full((37,), 4.0), torch.ones(37), torch.full((37,), b), torch.ones(37)))
+        found = statistics(hidden, weight, bias, labels, Limits(90, 1.0, 0.0), 2)
+        assert all(bool(part.isfinite().all()) for part in (found.others, found.spread, found.mean, found.mean2))
+        grad_weight, grad_bias = weight_gradient(hidden, weight, bias, labels, factors, Limits(90, 1.0, 0.0))
+        rest = torch.cat((torch.arange(7), torch.arange(40, 90)))
+        short = torch.where(labels >= 40, labels - 33, labels)
+        expected, expected_bias = weight_gradient(hidden, weight[rest], bias[rest], short, factors, Limits(57, 1.0, 0.0))
+        assert grad_weight[7:40].count_nonzero() == 0
+        assert grad_bias[7:40].count_nonzero() == 0
+        torch.testing.assert_close(grad_weight[rest], expected)
+        torch.testing.assert_close(grad_bias[rest], expected_bias)
+
+
 def test_nothing_to_do(implementation: str) -> None:
     hidden, weight, _, labels = operands(3, 8, 20, torch.float32, False)
     none = statistics(hidden[:0], weight, None, labels[:0], Limits(20, 1.0, 0.0), 2)
