@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -255,6 +255,7 @@ def implementation(request: pytest.FixtureRequest) -> Any:
     place=st.sampled_from([{}, {"first_row": 7, "first_column": 3}, {"first_column": 6, "full_width": 60}]),
     dtype=st.sampled_from(TYPES),
 )
+@example(tokens=300, into=2300, out=2, rank=2, bias=False, dora=True, adapters=3, dropout=0.0, place={}, dtype=torch.float32)  # sums that cancel
 def test_against_fp64(
     tokens: int, into: int, out: int, rank: int, bias: bool, dora: bool, adapters: int, dropout: float, place: dict[str, int], dtype: torch.dtype
 ) -> None:
@@ -265,12 +266,11 @@ def test_against_fp64(
         tensors, options["adapter_ids"] = several(adapters, tensors)
     found, truth = run(tensors, **options), exact(tensors, **options)
     assert found["output"].dtype == dtype
-    if dtype == torch.float32:
-        assert worst(found, truth) < 1e-5
-        return
     absolute = exact({name: None if tensor is None else tensor.abs() for name, tensor in tensors.items()}, **options, upstream=torch.abs)
-    for name, value in truth.items():  # beside sums that do not cancel
-        assert (found[name].double() - value).norm() <= 1.2e-2 * absolute[name].norm(), name
+    assert set(found) == set(truth)
+    relative, beside = (1e-5, 3e-7) if dtype == torch.float32 else (0.0, 1.2e-2)
+    for name, value in truth.items():  # or beside sums that do not cancel: no order of additions in fp32 does better than that
+        assert (found[name].double() - value).norm() <= max(relative * value.norm(), beside * absolute[name].norm()), name
 
 
 @needs_kernels
