@@ -54,11 +54,11 @@ template <class T> __global__ void __launch_bounds__(THREADS) rms_norm_forward(c
 template <class T> __global__ void __launch_bounds__(THREADS) rms_norm_backward(const Norm n) {
   constexpr int P = Pack<T>::SIZE, F = P / 4;
   const int packs = static_cast<int>((n.cols + P - 1) / P), tid = threadIdx.x;
-  DYNAMIC_SHARED(Chunk, cache, packs * (2 + F));
+  DYNAMIC_SHARED(Chunk, cache, packs * (n.partial ? 2 + F : 2));
   SHARED(float, scratch, THREADS / WARP);
   const SharedPtr<Chunk> of_dy = cache, of_x = cache + packs, of_weight = cache + 2 * packs;
   const T* weight = static_cast<const T*>(n.weight);
-  for (int p = tid; p < packs * F; p += THREADS) of_weight[p / F * F + p % F] = Chunk{{0, 0, 0, 0}};
+  for (int p = tid; n.partial && p < packs * F; p += THREADS) of_weight[p / F * F + p % F] = Chunk{{0, 0, 0, 0}};
   if (F > 1) sync_block();
   for (int64_t row = blockIdx.x; row < n.rows; row += gridDim.x) {
     const int64_t at = row * n.cols;
@@ -74,7 +74,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) rms_norm_backward(
 #pragma unroll
       for (int i = 0; i < P; i++) dot += dy[i] * x[i] * (factor[i] + (n.zero_centred ? 1.0f : 0.0f));
 #pragma unroll
-      for (int f = 0; f < F; f++) {
+      for (int f = 0; n.partial && f < F; f++) {
         float sum[4];
         unpack<float>(sum, of_weight[p * F + f]);
 #pragma unroll
@@ -163,9 +163,10 @@ extern "C" int mswift_rms_norm_backward(int dtype, const void* dy, const void* d
   if (rows > 0) {
     const bool places = wide_rows<float>(x, 0) && wide_rows<float>(dsum, 0) && wide_rows<float>(weight, 0) && wide_rows<float>(dy, 0) && wide_rows<float>(dx, 0);
     n.wide = places && (dtype == 1 ? wide_rows<bf16>(x, cols) : wide_rows<float>(x, cols));
+    const int sums = n.partial ? (dtype == 1 ? 2 : 1) : 0;
     const int error = dtype == 1
-        ? launch(rms_norm_backward<bf16>, dim3(blocks), dim3(THREADS), row_bytes<bf16>(cols, 4), static_cast<Stream>(stream), n)
-        : launch(rms_norm_backward<float>, dim3(blocks), dim3(THREADS), row_bytes<float>(cols, 3), static_cast<Stream>(stream), n);
+        ? launch(rms_norm_backward<bf16>, dim3(blocks), dim3(THREADS), row_bytes<bf16>(cols, 2 + sums), static_cast<Stream>(stream), n)
+        : launch(rms_norm_backward<float>, dim3(blocks), dim3(THREADS), row_bytes<float>(cols, 2 + sums), static_cast<Stream>(stream), n);
     if (error) return error;
   }
   return dweight ? finish_sum(partial, dweight, blocks, cols, static_cast<Stream>(stream)) : 0;

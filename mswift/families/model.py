@@ -51,6 +51,7 @@ from mswift.families.modules import (
     SharedSequence,
     StyledRouter,
     gated_mlp,
+    mixture_layer,
 )
 from mswift.families.te_names import fused_norms
 from mswift.parallel.groups import Groups
@@ -156,7 +157,7 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, gro
         _describe_attention(block.self_attention, description)
     block.sharded_state_dict_keys_map = fused_norms(description, layer)  # a checkpoint has the names that Transformer Engine knows
     if experts is not None:
-        block.mlp = _mixture_spec(description)
+        block.mlp = _mixture(description, groups)
     elif description.mlp_bias:
         block.mlp = gated_mlp(MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear), groups.tp)
     else:
@@ -164,7 +165,7 @@ def _layer_spec(config: TransformerConfig, description: MegatronDescription, gro
     return spec
 
 
-def _mixture_spec(description: MegatronDescription) -> ModuleSpec:
+def _mixture(description: MegatronDescription, groups: Groups) -> type[MoELayer]:
     """megatron's mixture; whole and ours, since its own spec has another form in later versions."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     of_experts = MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedExpertRowLinear) if description.expert_bias else linears
@@ -178,7 +179,7 @@ def _mixture_spec(description: MegatronDescription) -> ModuleSpec:
         shared_experts=ModuleSpec(module=SharedExperts, submodules=linears),
         router=router,
     )
-    return ModuleSpec(module=MoELayer, submodules=submodules)
+    return mixture_layer(submodules, groups.collection)
 
 
 def _describe_attention(spec: ModuleSpec, description: MegatronDescription) -> None:

@@ -35,7 +35,8 @@ class Runtime:
         """TransformerConfig fields that depend on the device."""
         if not self.is_cuda:
             return cpu.transformer_settings(pp=pp, vpp=vpp)
-        return {"use_cpu_initialization": False, "bias_dropout_fusion": True, "gradient_accumulation_fusion": False}
+        settings = {"use_cpu_initialization": False, "bias_dropout_fusion": True, "gradient_accumulation_fusion": False}
+        return {**settings, "moe_token_dispatcher_type": "alltoall"}  # as on a CPU: micro batches of different length
 
     def check_settings(self, settings: dict[str, Any], *, tp: int, vpp: int) -> None:
         if not self.is_cuda:

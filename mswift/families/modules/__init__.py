@@ -6,6 +6,7 @@ from mswift.families.modules.attention import DecoderAttention, SdpaAttention
 from mswift.families.modules.causal_lm import CausalLM
 from mswift.families.modules.context import SharedSequence
 from mswift.families.modules.delta_net import DeltaNet
+from mswift.families.modules.dispatch import mixture_layer
 from mswift.families.modules.experts import GroupedExperts
 from mswift.families.modules.latent import LatentAttention
 from mswift.families.modules.layers import AddToResidual, BiasedColumnParallelLinear, BiasedRowParallelLinear, ParallelBlock
@@ -37,5 +38,6 @@ __all__ = [
     "SharedSequence",
     "StyledRouter",
     "gated_mlp",
+    "mixture_layer",
     "packed_rows",
 ]

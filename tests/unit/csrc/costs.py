@@ -8,13 +8,16 @@ the operator; the least: inputs and outputs of the operator once. Operations: th
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mswift.kernels import cuda_abi as abi
-from tests.unit.csrc.emulator import Emulator, build, head, linear, outer, rounded, unwritten, wide
+from tests.unit.csrc.emulator import Emulator, Structure, build, given, head, linear, outer, rounded, unwritten, wide
+from tests.unit.csrc.product_cases import apart
 
 
 class Cost(NamedTuple):
@@ -61,6 +64,10 @@ class Meter:
         return Cost(name, size, counted["distinct_read"] + counted["distinct_written"], least_bytes, counted["flops"], least_flops)
 
 
+def once(name: str, structure: Structure, out: np.ndarray, emulator: Emulator) -> None:
+    emulator.call(name, structure, out=(out,))
+
+
 def norms(meter: Meter) -> Iterator[Cost]:
     rows, cols = 8192, 128
     x, weight, y, summed, rstd = half(rows, cols), half(cols), empty(rows, cols), empty(rows, cols), unwritten(rows)
@@ -71,6 +78,16 @@ def norms(meter: Meter) -> Iterator[Cost]:
     backward = ("mswift_rms_norm_backward", 1, y, None, x, weight, rstd, dx, partial, dweight, rows, cols, 0)
     least = 6 * rows * cols + 6 * cols + 4 * rows
     yield meter.cost("its gradients", f"{rows} x {cols}", lambda e: e.call(*backward, out=(dx, partial, dweight)), least)
+    alone = ("mswift_rms_norm_forward", 1, x, None, weight, y, None, rstd, rows, cols, 1e-5, 1)
+    least = 4 * rows * cols + 2 * cols + 4 * rows
+    yield meter.cost("rms_norm, zero-centred", f"{rows} x {cols}", lambda e: e.call(*alone, out=(y, rstd)), least)
+    frozen = ("mswift_rms_norm_backward", 1, y, summed, x, weight, rstd, dx, None, None, rows, cols, 1)
+    least = 8 * rows * cols + 2 * cols + 4 * rows
+    yield meter.cost("its gradient, weight frozen", f"{rows} x {cols}", lambda e: e.call(*frozen, out=(dx,)), least)
+    rows *= 2
+    a, partial, out = half(rows, cols), unwritten(abi.NORM_BLOCKS, cols), unwritten(cols)
+    summing = ("mswift_column_sum", 1, a, None, partial, out, rows, cols, cols)
+    yield meter.cost("sum over rows", f"{rows} x {cols}", lambda e: e.call(*summing, out=(partial, out)), 2 * rows * cols + 4 * cols)
 
 
 def element_wise(meter: Meter) -> Iterator[Cost]:
@@ -88,6 +105,12 @@ def element_wise(meter: Meter) -> Iterator[Cost]:
     arguments = ("mswift_rope", 1, q, q, cosine, sine, positions, rows, heads, dim, dim, 1, heads * dim, dim, heads * dim, dim, 0, 1)
     least = 4 * rows * heads * dim + 4 * rows * dim + 8 * rows
     yield meter.cost("rope, in place", f"{rows} x {heads} heads of {dim}", lambda e: e.call(*arguments, out=(q,)), least)
+    q = half(rows, heads * dim)
+    arguments = ("mswift_rope", 1, q, q, cosine, sine, positions, rows, heads, dim, dim, 1, heads * dim, dim, heads * dim, dim, 1, 1)
+    yield meter.cost("rope, interleaved, in place", f"{rows} x {heads} heads of {dim}", lambda e: e.call(*arguments, out=(q,)), least)
+    mask = abi.Dropout(seed=5, first_row=0, first_column=0, full_width=cols, threshold=26)
+    arguments = ("mswift_drop", 1, gate, y, rows, cols, ctypes.addressof(mask))
+    yield meter.cost("dropout", size, lambda e: e.call(*arguments, out=(y,)), 4 * rows * cols)
     k = 2
     x, index, weights = half(rows * k, cols), np.random.default_rng(0).permutation(rows * k).reshape(rows, k), np.ones((rows, k), dtype=np.float32)
     size = f"{rows} tokens, {k} experts each, {cols}"
@@ -138,6 +161,64 @@ def lora_gradients(meter: Meter) -> Iterator[Cost]:
     yield meter.cost("its factors' gradients", size, to_factors, least, adapter)
 
 
+def dora(meter: Meter) -> Iterator[Cost]:
+    """The factor of each output in the same pass; the sum without it is kept for the factor's gradient."""
+    rows, inside, outside, rank = 128, 1536, 1536, 16
+    x, weight, a, b, bias = half(rows, inside), half(outside, inside), half(rank, inside), half(outside, rank), half(outside)
+    low, y, inner, factor = empty(rows, rank), empty(rows, outside), empty(rows, outside), np.ones(outside, dtype=np.float32)
+    down = linear(x=x, weight=a, out=low, rows=rows, n=rank, k=inside, x_stride=inside, thin=1)
+    fields = given(x=x, weight=weight, low=low, up=b, bias=bias, column_scale=factor, out=y, inner=inner, rows=rows, n=outside, k=inside, rank=rank)
+
+    def forward(e: Emulator) -> None:
+        e.call("mswift_linear", down, out=(low,))
+        e.call("mswift_linear", linear(**fields, x_stride=inside), out=(y, inner))
+
+    least = 2 * (rows * (inside + 2 * outside) + inside * outside + rank * (inside + outside + rows) + outside) + 4 * outside
+    flops = 2 * rows * (inside * outside + rank * (inside + outside))
+    yield meter.cost("linear with DoRA", f"{rows} x {inside} -> {outside}, rank {rank}", forward, least, flops)
+
+
+def quantised(meter: Meter) -> Iterator[Cost]:
+    rows, inside, outside = 128, 1024, 1024
+    x, y = half(rows, inside), empty(rows, outside)
+    for name, kind, block, codes in (("nf4", abi.NF4, 64, inside * outside // 2), ("int8", abi.INT8, 0, inside * outside)):
+        weight = np.random.default_rng(0).integers(0, 127, size=codes).astype(np.uint8)
+        scales = np.ones(inside * outside // block if block else outside, dtype=np.float32)
+        fields = given(x=x, weight=weight, weight_scales=scales, rows=rows, n=outside, k=inside, x_stride=inside, weight_kind=kind, weight_block=block)
+        least = 2 * rows * (inside + outside) + codes + scales.nbytes
+        for direction, columns in (("", 0), (", gradient of its input", 1)):
+            structure = linear(**fields, out=y, columns=columns)
+            run = functools.partial(once, "mswift_linear", structure, y)
+            yield meter.cost(f"linear, {name}{direction}", f"{rows} x {inside} -> {outside}", run, least, 2 * rows * inside * outside)
+
+
+def experts(meter: Meter) -> Iterator[Cost]:
+    """Weights that lie apart, each at a place of its own."""
+    counts, inside, outside = (120, 125, 128, 118), 512, 512
+    rows, groups, offsets = sum(counts), len(counts), np.cumsum((0, *counts))
+    x, dy, y, dx, dweight = half(rows, inside), half(rows, outside), empty(rows, outside), empty(rows, inside), empty(groups, outside, inside)
+    table, weights = apart(half(groups, outside, inside))
+    common = given(offsets=offsets, groups=groups, rows=rows)
+    size, flops = f"{groups} experts x {rows / groups:.0f} rows, {inside} -> {outside}", 2 * rows * inside * outside
+    least = 2 * (rows * (inside + outside) + groups * inside * outside) + 8 * (2 * groups + 1)
+    for name, source, out, columns in (("linear of experts", x, y, 0), ("gradient of its input", dy, dx, 1)):
+        structure = linear(x=source, weight_table=table, out=out, n=out.shape[1], k=source.shape[1], x_stride=source.shape[1], columns=columns, **common)
+        structure.arrays += weights
+        yield meter.cost(name, size, functools.partial(once, "mswift_linear", structure, out), least, flops)
+    structure = outer(a=dy, b=x, out=dweight, m=outside, n=inside, a_stride=outside, b_stride=inside, out_dtype=1, **common)
+    yield meter.cost("gradient of its weights", size, lambda e: e.call("mswift_outer", structure, out=(dweight,)), least - 8 * groups, flops)
+
+
+def in_parts(meter: Meter) -> Iterator[Cost]:
+    """Where one product has too few tiles for a device its rows are shared out, and the parts go through memory."""
+    rows, rank, inside = 1024, 64, 1024
+    a, b, out, splits = half(rows, rank), half(rows, inside), empty(rank, inside), abi.splits_of(1024, 8)
+    partial = unwritten(splits, rank, inside)
+    fields = given(a=a, b=b, out=out, partial=partial, rows=rows, m=rank, n=inside, a_stride=rank, b_stride=inside, splits=splits, out_dtype=1)
+    name, flops, least = f"gradient of an adapter, {splits} parts", 2 * rows * rank * inside, 2 * (rows * (rank + inside) + rank * inside)
+    yield meter.cost(name, f"{rows} x {inside}, rank {rank}", lambda e: e.call("mswift_outer", outer(**fields), out=(out, partial)), least, flops)
+
+
 def heads_on_chip(meter: Meter) -> Iterator[Cost]:
     return head_of(meter, 256, 256, 3072)
 
@@ -173,7 +254,8 @@ def head_of(meter: Meter, tokens: int, hidden: int, vocab: int) -> Iterator[Cost
 
 def table() -> list[Cost]:
     meter = Meter()
-    return [cost for part in (norms, element_wise, lora, lora_gradients, heads_on_chip, heads_by_groups) for cost in part(meter)]
+    parts = (norms, element_wise, lora, lora_gradients, dora, quantised, experts, in_parts, heads_on_chip, heads_by_groups)
+    return [cost for part in parts for cost in part(meter)]
 
 
 if __name__ == "__main__":

@@ -27,8 +27,22 @@ def check(found: Iterable[costs.Cost]) -> int:
 
 def test_rows_and_elements() -> None:
     meter = costs.Meter()
-    assert check(costs.norms(meter)) == 2
-    assert check(costs.element_wise(meter)) == 6
+    assert check(costs.norms(meter)) == 5
+    assert check(costs.element_wise(meter)) == 8
+
+
+def test_experts_and_quantised_weights() -> None:
+    meter = costs.Meter()
+    assert check(costs.experts(meter)) == 3
+    assert check(costs.quantised(meter)) == 4
+
+
+def test_parts_of_a_gradient_cost_what_they_are() -> None:
+    """Written once and read once beside the least, which is what so many blocks at work cost."""
+    (cost,) = costs.in_parts(costs.Meter())
+    assert cost.row() in (ROOT / "docs" / "kernels.md").read_text(encoding="utf8")
+    assert cost.bytes == cost.least_bytes + 2 * 4 * 4 * 64 * 1024
+    assert cost.flops == cost.least_flops
 
 
 @pytest.mark.slow
@@ -36,5 +50,6 @@ def test_products() -> None:
     meter = costs.Meter()
     assert check(costs.lora(meter)) == 1
     assert check(costs.lora_gradients(meter)) == 2
+    assert check(costs.dora(meter)) == 1
     assert check(costs.heads_on_chip(meter)) == 3
     assert check(costs.heads_by_groups(meter)) == 2
