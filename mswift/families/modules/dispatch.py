@@ -50,6 +50,8 @@ def mixture_layer(submodules: MoESubmodules, collection: ProcessGroupCollection)
     """A class that needs nothing but a config, as `gated_mlp` is one."""
 
     class _Bound(MoELayer):
+        token_dispatcher: Any
+
         def __init__(self, config: TransformerConfig, **_handed: Any) -> None:
             super().__init__(config, submodules, pg_collection=collection)
             if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher and not self.shared_expert_overlap:

@@ -184,7 +184,9 @@ def quantised(meter: Meter) -> Iterator[Cost]:
     for name, kind, block, codes in (("nf4", abi.NF4, 64, inside * outside // 2), ("int8", abi.INT8, 0, inside * outside)):
         weight = np.random.default_rng(0).integers(0, 127, size=codes).astype(np.uint8)
         scales = np.ones(inside * outside // block if block else outside, dtype=np.float32)
-        fields = given(x=x, weight=weight, weight_scales=scales, rows=rows, n=outside, k=inside, x_stride=inside, weight_kind=kind, weight_block=block)
+        fields = given(
+            x=x, weight=weight, weight_scales=scales, rows=rows, n=outside, k=inside, x_stride=inside, weight_kind=kind, weight_block=block
+        )
         least = 2 * rows * (inside + outside) + codes + scales.nbytes
         for direction, columns in (("", 0), (", gradient of its input", 1)):
             structure = linear(**fields, out=y, columns=columns)
@@ -202,7 +204,9 @@ def experts(meter: Meter) -> Iterator[Cost]:
     size, flops = f"{groups} experts x {rows / groups:.0f} rows, {inside} -> {outside}", 2 * rows * inside * outside
     least = 2 * (rows * (inside + outside) + groups * inside * outside) + 8 * (2 * groups + 1)
     for name, source, out, columns in (("linear of experts", x, y, 0), ("gradient of its input", dy, dx, 1)):
-        structure = linear(x=source, weight_table=table, out=out, n=out.shape[1], k=source.shape[1], x_stride=source.shape[1], columns=columns, **common)
+        structure = linear(
+            x=source, weight_table=table, out=out, n=out.shape[1], k=source.shape[1], x_stride=source.shape[1], columns=columns, **common
+        )
         structure.arrays += weights
         yield meter.cost(name, size, functools.partial(once, "mswift_linear", structure, out), least, flops)
     structure = outer(a=dy, b=x, out=dweight, m=outside, n=inside, a_stride=outside, b_stride=inside, out_dtype=1, **common)

@@ -49,7 +49,7 @@ def test_rows_go_where_megatron_sends_them(ep: int, tmp_path: Path) -> None:
     run = Run(make_checkpoint(tmp_path / "model", family, **changes), ep=ep)
     for (theirs, ours), taken in run_distributed(by_either, ep, run):
         assert taken == [False, True]
-        assert len(ours) > 10
+        assert len(ours) > 8
         assert ours[0].abs().max() > 0.1
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.shape == other.shape
