@@ -3,30 +3,23 @@
 
 namespace {
 constexpr int THREADS = 256;
-enum Kind { SIGMOID, ERF };
 
 struct Gated {
   const void *gate, *up, *dy;
   void *y, *dgate, *dup;
   int64_t rows, cols, stride;
   float slope, cubic, limit, offset;
-  int kind;
   bool wide;
 };
 
 __device__ __forceinline__ float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
 
 // value of the activation and its slope; what is not a number stays so
-template <int KIND> __device__ __forceinline__ void activate(const Gated& g, float gate, float& value, float& slope) {
+__device__ __forceinline__ void activate(const Gated& g, float gate, float& value, float& slope) {
   const bool above = gate > g.limit;
   const float x = above ? g.limit : gate;
-  if (KIND == ERF) {
-    const float share = 0.5f * (1.0f + erff(x * 0.7071067812f));
-    value = x * share, slope = share + x * 0.3989422804f * fast_exp(-0.5f * x * x);
-  } else {
-    const float s = sigmoid(g.slope * x * (1.0f + g.cubic * x * x));
-    value = x * s, slope = s + x * s * (1.0f - s) * g.slope * (1.0f + 3.0f * g.cubic * x * x);
-  }
+  const float s = sigmoid(g.slope * x * (1.0f + g.cubic * x * x));
+  value = x * s, slope = s + x * s * (1.0f - s) * g.slope * (1.0f + 3.0f * g.cubic * x * x);
   if (above) slope = 0.0f;
 }
 
@@ -37,7 +30,7 @@ __device__ __forceinline__ float multiplier(const Gated& g, float up, float& slo
   return (outside ? copysignf(g.limit, up) : up) + g.offset;
 }
 
-template <class T, bool BACKWARD, int KIND> __global__ void __launch_bounds__(THREADS, 4) gated(const Gated g) {
+template <class T, bool BACKWARD> __global__ void __launch_bounds__(THREADS, 4) gated(const Gated g) {
   constexpr int P = Pack<T>::SIZE;
   const int64_t packs = (g.cols + P - 1) / P, index = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (index >= packs * g.rows - (FAULT(5) ? 1 : 0)) return;
@@ -49,7 +42,7 @@ template <class T, bool BACKWARD, int KIND> __global__ void __launch_bounds__(TH
 #pragma unroll
   for (int i = 0; i < P; i++) {
     float value, slope, up_slope;
-    activate<KIND>(g, gate[i], value, slope);
+    activate(g, gate[i], value, slope);
     const float factor = multiplier(g, up[i], up_slope);
     out[i] = BACKWARD ? dy[i] * factor * slope : value * factor;
     if (BACKWARD) up[i] = dy[i] * value * up_slope;
@@ -70,8 +63,7 @@ template <class T, bool BACKWARD> int run(Gated g, void* stream) {
            wide_rows<T>(g.dup, 0);
   if (FAULT(6)) g.wide = true;
   const dim3 grid(static_cast<unsigned>((packs + THREADS - 1) / THREADS));
-  return g.kind == ERF ? launch(gated<T, BACKWARD, ERF>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), g)
-                       : launch(gated<T, BACKWARD, SIGMOID>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), g);
+  return launch(gated<T, BACKWARD>, grid, dim3(THREADS), 0, static_cast<Stream>(stream), g);
 }
 
 template <class T> __global__ void __launch_bounds__(THREADS) drop(const T* x, T* out, int64_t rows, int64_t cols, const Dropout mask, bool wide) {
@@ -102,14 +94,14 @@ extern "C" int mswift_drop(int dtype, const void* x, void* out, int64_t rows, in
   return dtype == 1 ? run_drop<bf16>(x, out, rows, cols, *mask, stream) : run_drop<float>(x, out, rows, cols, *mask, stream);
 }
 
-extern "C" int mswift_gated_forward(int dtype, int kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float slope,
-                                    float cubic, float limit, float offset, void* stream) {
-  const Gated g{gate, up, nullptr, y, nullptr, nullptr, rows, cols, stride, slope, cubic, limit, offset, kind, false};
+extern "C" int mswift_gated_forward(int dtype, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float slope, float cubic,
+                                    float limit, float offset, void* stream) {
+  const Gated g{gate, up, nullptr, y, nullptr, nullptr, rows, cols, stride, slope, cubic, limit, offset, false};
   return dtype == 1 ? run<bf16, false>(g, stream) : run<float, false>(g, stream);
 }
 
-extern "C" int mswift_gated_backward(int dtype, int kind, const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows, int64_t cols,
+extern "C" int mswift_gated_backward(int dtype, const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows, int64_t cols,
                                      int64_t stride, float slope, float cubic, float limit, float offset, void* stream) {
-  const Gated g{gate, up, dy, nullptr, dgate, dup, rows, cols, stride, slope, cubic, limit, offset, kind, false};
+  const Gated g{gate, up, dy, nullptr, dgate, dup, rows, cols, stride, slope, cubic, limit, offset, false};
   return dtype == 1 ? run<bf16, true>(g, stream) : run<float, true>(g, stream);
 }

@@ -22,19 +22,18 @@ int mswift_rms_norm_forward(int dtype, const void* x, const void* residual, cons
 int mswift_rms_norm_backward(int dtype, const void* dy, const void* dsum, const void* x, const void* weight, const float* rstd, void* dx, float* partial,
                              float* dweight, int64_t rows, int64_t cols, int zero_centred, void* stream);
 
-/* y = act(a) (b + offset), a = min(gate, limit), b = up within +-limit. kind 0: act(a) = a sigmoid(slope a (1 + cubic a^2)), which is silu,
- * gelu by tanh and gpt-oss's gate; 1: gelu by erf. Rows of gate and up are `stride` apart, those of y are dense. */
-int mswift_gated_forward(int dtype, int kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float slope, float cubic,
+/* y = act(a) (b + offset), a = min(gate, limit), b = up within +-limit; act(a) = a sigmoid(slope a (1 + cubic a^2)), which is silu, gelu by tanh
+ * and gpt-oss's gate. Rows of gate and up are `stride` apart, those of y are dense. */
+int mswift_gated_forward(int dtype, const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t stride, float slope, float cubic,
                          float limit, float offset, void* stream);
-int mswift_gated_backward(int dtype, int kind, const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows, int64_t cols,
-                          int64_t stride, float slope, float cubic, float limit, float offset, void* stream);
+int mswift_gated_backward(int dtype, const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows, int64_t cols, int64_t stride,
+                          float slope, float cubic, float limit, float offset, void* stream);
 
 /* Rotation of the first `rotary` of `dim` elements of every head; x and out may be one (then only those are touched). sign: 1 forward, -1 backward.
- * cos, sin: fp32 [positions, rotary / 2]; `repeat` tokens one after another share a position (the sequences of a batch); positions:
- * int64 [tokens / repeat] or NULL for 0, 1, ... Within a head, elements are dense. */
-int mswift_rope(int dtype, const void* x, void* out, const float* cosine, const float* sine, const int64_t* positions, int64_t tokens, int heads, int dim,
-                int rotary, int repeat, int64_t token_stride, int64_t head_stride, int64_t out_token_stride, int64_t out_head_stride, int interleaved,
-                int sign, void* stream);
+ * cos, sin: fp32 [tokens / repeat, rotary / 2]; `repeat` tokens one after another share a row of them (the sequences of a batch). Within a head,
+ * elements are dense. */
+int mswift_rope(int dtype, const void* x, void* out, const float* cosine, const float* sine, int64_t tokens, int heads, int dim, int rotary, int repeat,
+                int64_t token_stride, int64_t head_stride, int64_t out_token_stride, int64_t out_head_stride, int interleaved, int sign, void* stream);
 
 /* out[i] = x[index[i]], zeros where index is negative. */
 int mswift_gather_rows(int dtype, const void* x, const int64_t* index, void* out, int64_t rows, int64_t cols, void* stream);

@@ -9,7 +9,6 @@ struct Rope {
   const void* x;
   void* out;
   const float *cosine, *sine;
-  const int64_t* positions;
   int64_t tokens, token_stride, head_stride, out_token_stride, out_head_stride;
   int heads, dim, rotary, repeat, sign;
   bool wide, in_place;
@@ -67,7 +66,7 @@ template <class T, bool INTERLEAVED> __global__ void __launch_bounds__(THREADS) 
     store_pack(value, out, first, r.dim, r.wide);
     return;
   }
-  const int64_t place = token / r.repeat, position = r.positions ? load(r.positions + place) : place;
+  const int64_t position = token / r.repeat;
   if (INTERLEAVED) rotate_pairs(r, x, out, position, pack * P);
   else rotate_halves(r, x, out, position, pack * P);
 }
@@ -85,11 +84,11 @@ template <class T> int run(Rope r, bool interleaved, void* stream) {
 }
 }  // namespace
 
-extern "C" int mswift_rope(int dtype, const void* x, void* out, const float* cosine, const float* sine, const int64_t* positions, int64_t tokens, int heads,
-                           int dim, int rotary, int repeat, int64_t token_stride, int64_t head_stride, int64_t out_token_stride, int64_t out_head_stride,
-                           int interleaved, int sign, void* stream) {
+extern "C" int mswift_rope(int dtype, const void* x, void* out, const float* cosine, const float* sine, int64_t tokens, int heads, int dim, int rotary,
+                           int repeat, int64_t token_stride, int64_t head_stride, int64_t out_token_stride, int64_t out_head_stride, int interleaved,
+                           int sign, void* stream) {
   if (rotary % 2 || rotary > dim || repeat < 1) return MSWIFT_UNSUPPORTED;
-  const Rope r{x,     out, cosine, sine,   positions, tokens, token_stride, head_stride, out_token_stride, out_head_stride,
-               heads, dim, rotary, repeat, sign,      false,  x == out};
+  const Rope r{x,     out, cosine, sine,   tokens, token_stride, head_stride, out_token_stride, out_head_stride,
+               heads, dim, rotary, repeat, sign,   false,        x == out};
   return dtype == 1 ? run<bf16>(r, interleaved != 0, stream) : run<float>(r, interleaved != 0, stream);
 }

@@ -10,7 +10,6 @@ from typing import Any
 UNSUPPORTED = -1
 NORM_BLOCKS = 256
 DTYPES = {"float32": 0, "bfloat16": 1}
-SIGMOID, ERF = 0, 1
 BF16, INT8, NF4 = 0, 1, 2
 CHUNK = 128
 """The vocabulary is worked on in multiples of so many rows, tokens in tiles of as many."""
@@ -67,9 +66,9 @@ _TYPES = {"i": c_int, "p": c_void_p, "l": c_int64, "f": c_float}
 SIGNATURES = {
     "mswift_rms_norm_forward": "ippppppllfip",
     "mswift_rms_norm_backward": "ippppppppllip",
-    "mswift_gated_forward": "iippplllffffp",
-    "mswift_gated_backward": "iippppplllffffp",
-    "mswift_rope": "ipppppliiiilllliip",
+    "mswift_gated_forward": "ippplllffffp",
+    "mswift_gated_backward": "ippppplllffffp",
+    "mswift_rope": "ippppliiiilllliip",
     "mswift_gather_rows": "ipppllp",
     "mswift_combine_rows": "ipppplilp",
     "mswift_combine_rows_backward": "ipppppplilp",
@@ -118,5 +117,5 @@ def threshold_of(probability: float) -> int:
     return max(1, min(255, round(probability * 256))) if probability > 0 else 0
 
 
-__all__ = ["BF16", "CHUNK", "DTYPES", "ERF", "HEAD_WORKSPACE", "INT8", "NF4", "NORM_BLOCKS", "SIGMOID", "SIGNATURES", "UNSUPPORTED"]
+__all__ = ["BF16", "CHUNK", "DTYPES", "HEAD_WORKSPACE", "INT8", "NF4", "NORM_BLOCKS", "SIGNATURES", "UNSUPPORTED"]
 __all__ += ["Dropout", "Head", "Linear", "Outer", "c_int32", "functions", "splits_of", "threshold_of"]

@@ -40,36 +40,34 @@ def rms_norm_backward(
     return grad_x, grad_weight
 
 
-def gated(library: Library, gate_up: Tensor, kind: int, shape: tuple[float, float, float, float]) -> Tensor:
-    """``act(gate) * up`` of ``[rows, 2 * cols]``, gate first; `kind` abi.SIGMOID or abi.ERF; `shape`: slope, cubic, limit, offset."""
+def gated(library: Library, gate_up: Tensor, shape: tuple[float, float, float, float]) -> Tensor:
+    """``act(gate) * up`` of ``[rows, 2 * cols]``, gate first; `shape`: slope, cubic, limit, offset."""
     rows, cols = gate_up.shape[0], gate_up.shape[1] // 2
     out, gate = gate_up.new_empty(rows, cols), pointer(gate_up) or 0
     sizes = (rows, cols, 2 * cols)
-    library.call("mswift_gated_forward", gate_up, dtype_of(gate_up), kind, gate, gate + cols * gate_up.element_size(), out, *sizes, *shape)
+    library.call("mswift_gated_forward", gate_up, dtype_of(gate_up), gate, gate + cols * gate_up.element_size(), out, *sizes, *shape)
     return out
 
 
-def gated_backward(library: Library, grad: Tensor, gate_up: Tensor, kind: int, shape: tuple[float, float, float, float]) -> Tensor:
+def gated_backward(library: Library, grad: Tensor, gate_up: Tensor, shape: tuple[float, float, float, float]) -> Tensor:
     """The gradient of both halves."""
     rows, cols = grad.shape
     out, width = torch.empty_like(gate_up), cols * gate_up.element_size()
     gate, into = pointer(gate_up) or 0, pointer(out) or 0
-    arguments = (dtype_of(grad), kind, grad, gate, gate + width, into, into + width, rows, cols, 2 * cols, *shape)
+    arguments = (dtype_of(grad), grad, gate, gate + width, into, into + width, rows, cols, 2 * cols, *shape)
     library.call("mswift_gated_backward", grad, *arguments)
     return out
 
 
-def rope(
-    library: Library, x: Tensor, out: Tensor, table: tuple[Tensor, Tensor], positions: Tensor | None, *, repeat: int = 1, interleaved: bool, sign: int
-) -> Tensor:
+def rope(library: Library, x: Tensor, out: Tensor, table: tuple[Tensor, Tensor], *, repeat: int = 1, interleaved: bool, sign: int) -> Tensor:
     """Rotate ``[tokens, heads, dim]``, a view of a wider tensor perhaps, into `out`, which may be `x` itself.
 
-    table: cosine and sine, fp32 ``[positions, rotary / 2]``. repeat: so many tokens share a position. sign: -1 turns back.
+    table: cosine and sine, fp32 ``[tokens / repeat, rotary / 2]``. repeat: so many tokens share a row of them. sign: -1 turns back.
     """
     tokens, heads, dim = x.shape
     assert x.stride(2) == out.stride(2) == 1
     where = (tokens, heads, dim, 2 * table[0].shape[1], repeat, x.stride(0), x.stride(1), out.stride(0), out.stride(1), int(interleaved), sign)
-    library.call("mswift_rope", x, dtype_of(x), x.data_ptr(), out.data_ptr(), *table, positions, *where)
+    library.call("mswift_rope", x, dtype_of(x), x.data_ptr(), out.data_ptr(), *table, *where)
     return out
 
 
@@ -153,14 +151,14 @@ def _check_gate(x: Tensor, limit: float) -> None:
 
 def gated_activation(library: Library, x: Tensor, slope: float, cubic: float, limit: float, offset: float) -> Tensor:
     _check_gate(x, limit)
-    return gated(library, _rows(x), abi.SIGMOID, (slope, cubic, limit, offset)).view(*x.shape[:-1], x.shape[-1] // 2)
+    return gated(library, _rows(x), (slope, cubic, limit, offset)).view(*x.shape[:-1], x.shape[-1] // 2)
 
 
 def gated_activation_backward(library: Library, grad: Tensor, x: Tensor, slope: float, cubic: float, limit: float, offset: float) -> Tensor:
     _check_gate(x, limit)
     if grad.shape != (*x.shape[:-1], x.shape[-1] // 2) or grad.dtype != x.dtype:
         raise RuntimeError(f"grad: got {list(grad.shape)} {grad.dtype}, wanted {x.dtype} {[*x.shape[:-1], x.shape[-1] // 2]}")
-    return gated_backward(library, _rows(grad), _rows(x), abi.SIGMOID, (slope, cubic, limit, offset)).view(x.shape)
+    return gated_backward(library, _rows(grad), _rows(x), (slope, cubic, limit, offset)).view(x.shape)
 
 
 def _check_table(table: Tensor, tokens: int, width: int) -> None:
@@ -180,7 +178,7 @@ def rotate(library: Library, x: Tensor, table: Tensor, interleaved: bool, back: 
         stride = x.stride(1) if batch > 1 else x.stride(0)
         flat = x.as_strided((length * batch, heads, width), (stride, x.stride(2), 1))
         cosine, sine = table.contiguous()
-        rope(library, flat, out.view(flat.shape), (cosine, sine), None, repeat=batch, interleaved=interleaved, sign=-1 if back else 1)
+        rope(library, flat, out.view(flat.shape), (cosine, sine), repeat=batch, interleaved=interleaved, sign=-1 if back else 1)
     return out
 
 
@@ -193,7 +191,7 @@ def rotate_in_place(library: Library, x: Tensor, table: Tensor, width: int, each
     whole = x.contiguous()
     heads = whole.view(-1, each, width)[:, :turned]
     cosine, sine = table.contiguous()
-    rope(library, heads, heads, (cosine, sine), None, repeat=len(heads) // x.shape[0], interleaved=interleaved, sign=-1 if back else 1)
+    rope(library, heads, heads, (cosine, sine), repeat=len(heads) // x.shape[0], interleaved=interleaved, sign=-1 if back else 1)
     if whole.data_ptr() != x.data_ptr():
         x.copy_(whole)
 

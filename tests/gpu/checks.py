@@ -46,39 +46,36 @@ def rms_norm(library: Library, device: str) -> None:
 
 def gated(library: Library, device: str) -> None:
     inf = float("inf")
-    acts: list[tuple[int, tuple[float, float, float, float], Callable[[Tensor, Tensor], Tensor]]] = [
-        (abi.SIGMOID, (1.0, 0.0, inf, 0.0), lambda gate, up: F.silu(gate) * up),
-        (abi.SIGMOID, (2 * (2 / torch.pi) ** 0.5, 0.044715, inf, 0.0), lambda gate, up: F.gelu(gate, approximate="tanh") * up),
-        (abi.ERF, (0.0, 0.0, inf, 0.0), lambda gate, up: F.gelu(gate) * up),
+    acts: list[tuple[tuple[float, float, float, float], Callable[[Tensor, Tensor], Tensor]]] = [
+        ((1.0, 0.0, inf, 0.0), lambda gate, up: F.silu(gate) * up),
+        ((2 * (2 / torch.pi) ** 0.5, 0.044715, inf, 0.0), lambda gate, up: F.gelu(gate, approximate="tanh") * up),
         (
-            abi.SIGMOID,
             (1.702, 0.0, 1.5, 1.0),
             lambda gate, up: gate.clamp(max=1.5) * torch.sigmoid(1.702 * gate.clamp(max=1.5)) * (up.clamp(-1.5, 1.5) + 1),
         ),
     ]
-    for kind, shape, act in acts:
+    for shape, act in acts:
         both, grad = some(device, 5, 80, dtype=torch.float32), some(device, 5, 40, dtype=torch.float32)
         wide = both.double().requires_grad_()
         want = act(*wide.chunk(2, -1))
-        close(cuda_rows.gated(library, both, kind, shape), want.detach(), 3e-6)
+        close(cuda_rows.gated(library, both, shape), want.detach(), 3e-6)
         (want_grad,) = torch.autograd.grad(want, wide, grad.double())
-        close(cuda_rows.gated_backward(library, grad, both, kind, shape), want_grad, 3e-6)
+        close(cuda_rows.gated_backward(library, grad, both, shape), want_grad, 3e-6)
 
 
 def rope(library: Library, device: str) -> None:
     fused = some(device, 7, 3 * 24, dtype=torch.float32)
     before = fused.clone()
     heads = fused[:, :48].view(7, 2, 24)
-    angle = some(device, 11, 8, dtype=torch.float32)
-    positions = torch.tensor([0, 1, 2, 0, 1, 9, 10], device=device)
+    angle = some(device, 7, 8, dtype=torch.float32)
     table = (angle.cos(), angle.sin())
-    cuda_rows.rope(library, heads, heads, table, positions, interleaved=False, sign=1)
+    cuda_rows.rope(library, heads, heads, table, interleaved=False, sign=1)
     turned = before[:, :48].view(7, 2, 24)[..., :16]
-    c, s = (part[positions][:, None].repeat(1, 1, 2) for part in (angle.cos(), angle.sin()))
+    c, s = (part[:, None].repeat(1, 1, 2) for part in (angle.cos(), angle.sin()))
     half = torch.cat((-turned[..., 8:], turned[..., :8]), -1)
     close(heads[..., :16], turned * c + half * s, 1e-6)
     assert (fused[:, 48:] == before[:, 48:]).all()
-    cuda_rows.rope(library, heads, heads, table, positions, interleaved=False, sign=-1)
+    cuda_rows.rope(library, heads, heads, table, interleaved=False, sign=-1)
     close(fused, before, 1e-6)
 
 

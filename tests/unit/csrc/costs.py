@@ -94,19 +94,18 @@ def element_wise(meter: Meter) -> Iterator[Cost]:
     rows, cols = 256, 512
     gate, up, y = half(rows, cols), half(rows, cols), empty(rows, cols)
     size, silu = f"{rows} x {cols}", (1.0, 0.0, float("inf"), 0.0)
-    yield meter.cost("swiglu", size, lambda e: e.call("mswift_gated_forward", 1, 0, gate, up, y, rows, cols, cols, *silu, out=(y,)), 6 * rows * cols)
+    yield meter.cost("swiglu", size, lambda e: e.call("mswift_gated_forward", 1, gate, up, y, rows, cols, cols, *silu, out=(y,)), 6 * rows * cols)
     dgate, dup = empty(rows, cols), empty(rows, cols)
-    arguments = ("mswift_gated_backward", 1, 0, y, gate, up, dgate, dup, rows, cols, cols, *silu)
+    arguments = ("mswift_gated_backward", 1, y, gate, up, dgate, dup, rows, cols, cols, *silu)
     yield meter.cost("its gradients", size, lambda e: e.call(*arguments, out=(dgate, dup)), 10 * rows * cols)
     heads, dim = 8, 64
-    cosine, sine, positions = (np.ones((rows, dim // 2), dtype=np.float32) for _ in range(2)), None, np.arange(rows)
-    cosine, sine = cosine
+    cosine, sine = (np.ones((rows, dim // 2), dtype=np.float32) for _ in range(2))
     q = half(rows, heads * dim)
-    arguments = ("mswift_rope", 1, q, q, cosine, sine, positions, rows, heads, dim, dim, 1, heads * dim, dim, heads * dim, dim, 0, 1)
-    least = 4 * rows * heads * dim + 4 * rows * dim + 8 * rows
+    arguments = ("mswift_rope", 1, q, q, cosine, sine, rows, heads, dim, dim, 1, heads * dim, dim, heads * dim, dim, 0, 1)
+    least = 4 * rows * heads * dim + 4 * rows * dim
     yield meter.cost("rope, in place", f"{rows} x {heads} heads of {dim}", lambda e: e.call(*arguments, out=(q,)), least)
     q = half(rows, heads * dim)
-    arguments = ("mswift_rope", 1, q, q, cosine, sine, positions, rows, heads, dim, dim, 1, heads * dim, dim, heads * dim, dim, 1, 1)
+    arguments = ("mswift_rope", 1, q, q, cosine, sine, rows, heads, dim, dim, 1, heads * dim, dim, heads * dim, dim, 1, 1)
     yield meter.cost("rope, interleaved, in place", f"{rows} x {heads} heads of {dim}", lambda e: e.call(*arguments, out=(q,)), least)
     mask = abi.Dropout(seed=5, first_row=0, first_column=0, full_width=cols, threshold=26)
     arguments = ("mswift_drop", 1, gate, y, rows, cols, ctypes.addressof(mask))

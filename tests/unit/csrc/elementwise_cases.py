@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from math import erf, pi, sqrt
+from math import pi, sqrt
 
 import numpy as np
 
@@ -64,10 +64,9 @@ def many_rows(emulator: Emulator, random: np.random.Generator) -> None:
 
 
 GATES = {
-    "silu": (abi.SIGMOID, 1.0, 0.0, float("inf"), 0.0),
-    "gelu_tanh": (abi.SIGMOID, 2 * sqrt(2 / pi), 0.044715, float("inf"), 0.0),
-    "gelu": (abi.ERF, 0.0, 0.0, float("inf"), 0.0),
-    "clamped": (abi.SIGMOID, 1.702, 0.0, 1.5, 1.0),
+    "silu": (1.0, 0.0, float("inf"), 0.0),
+    "gelu_tanh": (2 * sqrt(2 / pi), 0.044715, float("inf"), 0.0),
+    "clamped": (1.702, 0.0, 1.5, 1.0),
 }
 
 
@@ -80,11 +79,8 @@ def activation(name: str, gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray,
     elif name == "gelu_tanh":
         t = np.tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3))
         value, slope = 0.5 * gate * (1 + t), 0.5 * (1 + t) + 0.5 * gate * (1 - t**2) * sqrt(2 / pi) * (1 + 3 * 0.044715 * gate**2)
-    elif name == "gelu":
-        share = 0.5 * (1 + np.vectorize(erf)(gate / sqrt(2)))
-        value, slope = gate * share, share + gate * np.exp(-(gate**2) / 2) / sqrt(2 * pi)
     else:
-        _, alpha, _, limit, offset = GATES[name]
+        alpha, _, limit, offset = GATES[name]
         c = np.minimum(gate, limit)
         s = 1 / (1 + np.exp(-alpha * c))
         value, slope = c * s, (s + alpha * c * s * (1 - s)) * (gate <= limit)
@@ -93,7 +89,7 @@ def activation(name: str, gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray,
 
 
 def gated(emulator: Emulator, random: np.random.Generator) -> None:
-    for dtype, (name, (kind, *shape)), cols in product((0, 1), GATES.items(), (40, 37)):
+    for dtype, (name, shape), cols in product((0, 1), GATES.items(), (40, 37)):
         rows = 5
         both, dy, grads = (
             stored(2 * random.normal(size=(rows, 2 * cols)), dtype),
@@ -104,31 +100,30 @@ def gated(emulator: Emulator, random: np.random.Generator) -> None:
         at, width = both.__array_interface__["data"][0], cols * both.itemsize
         into = grads.__array_interface__["data"][0]
         # gate and up are the halves of one tensor: pointers into it, a stride of two widths
-        emulator.call("mswift_gated_forward", dtype, kind, both, at + width, y, rows, cols, 2 * cols, *shape, out=(y,))
-        emulator.call("mswift_gated_backward", dtype, kind, dy, both, at + width, grads, into + width, rows, cols, 2 * cols, *shape, out=(grads,))
+        emulator.call("mswift_gated_forward", dtype, both, at + width, y, rows, cols, 2 * cols, *shape, out=(y,))
+        emulator.call("mswift_gated_backward", dtype, dy, both, at + width, grads, into + width, rows, cols, 2 * cols, *shape, out=(grads,))
         value, of_gate, of_up = activation(name, wide(both[:, :cols]), wide(both[:, cols:]))
         close(y, value, 3e-6)
         close(grads, np.concatenate((wide(dy) * of_gate, wide(dy) * of_up), 1), 3e-6)
     lost, y = np.full((1, 2), np.nan, dtype=np.float32), unwritten(1, 1)
-    emulator.call("mswift_gated_forward", 0, *(abi.SIGMOID, lost, lost[:, 1:], y, 1, 1, 2), *GATES["clamped"][1:], out=(y,))
+    emulator.call("mswift_gated_forward", 0, *(lost, lost[:, 1:], y, 1, 1, 2), *GATES["clamped"], out=(y,))
     assert np.isnan(y).all(), "what is not a number stays so"
 
 
 def rope(emulator: Emulator, random: np.random.Generator) -> None:
     for dtype, interleaved, (dim, rotary), in_place in product((0, 1), (0, 1), ((32, 32), (40, 16), (22, 10)), (False, True)):
-        tokens, heads, extra, positions = 5, 3, 8, 11
+        tokens, heads, extra = 5, 3, 8
         stride = heads * dim + extra  # of a fused tensor: q, and something behind it
-        angle = random.uniform(0, 6, size=(positions, rotary // 2))
+        angle = random.uniform(0, 6, size=(tokens, rotary // 2))
         cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        position = random.integers(0, positions, size=tokens)
         x = stored(random.normal(size=(tokens, stride)), dtype)
         for sign in (1, -1):
             source = x.copy()
             out = source if in_place else empty(dtype, tokens, stride)
             where = (tokens, heads, dim, rotary, 1, stride, dim, stride, dim, interleaved, sign)
-            emulator.call("mswift_rope", dtype, source, out, cosine, sine, position, *where, out=(out,))
+            emulator.call("mswift_rope", dtype, source, out, cosine, sine, *where, out=(out,))
             whole = wide(x)[:, : heads * dim].reshape(tokens, heads, dim)
-            c, s = wide(cosine)[position][:, None], sign * wide(sine)[position][:, None]
+            c, s = wide(cosine)[:, None], sign * wide(sine)[:, None]
             first, second = (slice(0, rotary, 2), slice(1, rotary, 2)) if interleaved else (slice(0, rotary // 2), slice(rotary // 2, rotary))
             want = whole.copy()
             want[..., first] = whole[..., first] * c - whole[..., second] * s
@@ -141,7 +136,7 @@ def rope(emulator: Emulator, random: np.random.Generator) -> None:
             # two tokens share a position, out of a fused tensor into a dense one
             dense = empty(dtype, tokens, heads, dim)
             shared = (tokens, heads, dim, rotary, 2, stride, dim, heads * dim, dim, interleaved, sign)
-            emulator.call("mswift_rope", dtype, source, dense, cosine, sine, None, *shared, out=(dense,))
+            emulator.call("mswift_rope", dtype, source, dense, cosine, sine, *shared, out=(dense,))
             c, s = wide(cosine)[np.arange(tokens) // 2][:, None], sign * wide(sine)[np.arange(tokens) // 2][:, None]
             want[..., first] = whole[..., first] * c - whole[..., second] * s
             want[..., second] = whole[..., second] * c + whole[..., first] * s

@@ -138,7 +138,7 @@ def test_the_library_reports_errors_where_there_is_no_device(library: Path) -> N
     code = functions["mswift_rms_norm_forward"](0, None, None, None, None, None, None, 2**40, 2**30, 1e-6, 0, None)
     assert code not in (0, abi.UNSUPPORTED)
     assert loaded.mswift_cuda_error(code).decode().strip()
-    assert functions["mswift_rope"](0, None, None, None, None, None, 1, 1, 8, 7, 1, 8, 8, 8, 8, 0, 1, None) == abi.UNSUPPORTED
+    assert functions["mswift_rope"](0, None, None, None, None, 1, 1, 8, 7, 1, 8, 8, 8, 8, 0, 1, None) == abi.UNSUPPORTED
     assert b"does not do" in loaded.mswift_cuda_error(abi.UNSUPPORTED)
 
 

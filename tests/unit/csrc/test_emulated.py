@@ -206,9 +206,9 @@ def test_sizes_that_a_kernel_does_not_do_are_refused(library: Path) -> None:
     emulator = Emulator(library)
     x = np.zeros((2, 6), dtype=np.float32)
     with pytest.raises(RuntimeError, match=f"returned {abi.UNSUPPORTED}"):
-        emulator.call("mswift_rope", 0, x, x, x, x, None, 2, 1, 6, 5, 1, 6, 6, 6, 6, 0, 1, out=(x,))
+        emulator.call("mswift_rope", 0, x, x, x, x, 2, 1, 6, 5, 1, 6, 6, 6, 6, 0, 1, out=(x,))
     with pytest.raises(RuntimeError, match=f"returned {abi.UNSUPPORTED}"):
-        emulator.call("mswift_rope", 0, x, x, x, x, None, 2, 1, 6, 8, 1, 6, 6, 6, 6, 0, 1, out=(x,))
+        emulator.call("mswift_rope", 0, x, x, x, x, 2, 1, 6, 8, 1, 6, 6, 6, 6, 0, 1, out=(x,))
     assert emulator.counters()["launches"] == 0
 
 

@@ -40,7 +40,7 @@ def test_the_head_says_what_the_reference_says(library: cuda.Library) -> None:
 def test_a_failed_launch_is_an_error_with_its_reason(library: cuda.Library) -> None:
     x = torch.zeros(2, 1, 6)
     with pytest.raises(RuntimeError, match=r"mswift_rope on cpu: .* \(code -1\)"):
-        library.call("mswift_rope", x, 0, x, x, x, x, None, 2, 1, 6, 8, 1, 6, 6, 6, 6, 0, 1)
+        library.call("mswift_rope", x, 0, x, x, x, x, 2, 1, 6, 8, 1, 6, 6, 6, 6, 0, 1)
     with pytest.raises(AssertionError, match="dense"):
         cuda_rows.gather_rows(library, torch.zeros(4, 6).t(), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ctypes.ArgumentError):
