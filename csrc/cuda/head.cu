@@ -8,7 +8,7 @@ using S = Large;
 
 struct Head {
   Matrix x, weight;
-  const bf16* bias;
+  const float* bias;
   const int64_t* labels;
   int64_t tokens, first, count;  // first row of the vocabulary that is here; how many rows of it are not padding
   float scale, softcap;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(S::THREADS, 2) head_tiles(const Head h) {
     }
     Tile<S> z = {};
     multiply<S, false, false>(z, stages, Plain{h.x}, Plain{h.weight}, t0, v0, 0, h.x.cols);
-    const bf16* bias = h.bias ? h.bias + v0 : nullptr;
+    const float* bias = h.bias ? h.bias + v0 : nullptr;
     const int real = static_cast<int>(min(h.count - v0, static_cast<int64_t>(S::BN)));
 #pragma unroll
     for (int i = 0; i < S::MF; i++)
@@ -123,7 +123,7 @@ extern "C" int mswift_head_statistics(const mswift_head* head, float* stats, flo
   if (a.tokens == 0) return 0;
   Head h{};
   h.x = matrix(a.x, a.tokens, a.hidden, a.hidden), h.weight = matrix(a.weight, a.vocab, a.hidden, a.hidden);
-  h.bias = static_cast<const bf16*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
+  h.bias = static_cast<const float*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
   const int64_t real = a.size - a.first;
   h.count = real < 0 ? 0 : real < a.vocab ? real : a.vocab;
   h.scale = a.scale, h.softcap = a.softcap, h.without_label = a.without_label != 0, h.partial = partial;

@@ -34,9 +34,9 @@ __device__ __forceinline__ void write_part(float* to, int64_t tokens, int64_t t,
 }
 
 // A logit of the row `at` of the vocabulary, of which `real` are no padding; bias: of these rows.
-__device__ __forceinline__ float logit_of(float product, const bf16* bias, int at, int real, float scale, float softcap) {
+__device__ __forceinline__ float logit_of(float product, const float* bias, int at, int real, float scale, float softcap) {
   if (at >= real + (FAULT(17) ? 1 : 0)) return -INFINITY;
-  return softened(scale, softcap, bias ? product + widen(load(bias + at)) : product);
+  return softened(scale, softcap, bias ? product + load(bias + at) : product);
 }
 // The logit of the label is noted, and leaves the tile where it is not to be counted with the others. Columns are the vocabulary.
 template <class S> __device__ __forceinline__ void part_with_label(Tile<S>& z, SharedPtr<int> label, SharedPtr<float> label_logit, bool leaves) {

@@ -17,7 +17,7 @@ constexpr int BM = S::BM, BN = S::BN, LINE = 32;  // LINE: a cache line of count
 
 struct Grouped {
   Matrix own, other;
-  const bf16* bias;
+  const float* bias;
   const int64_t* labels;
   int64_t tokens, first, count;  // first row of the vocabulary that is here; how many rows are not padding
   float scale, softcap;
@@ -57,7 +57,7 @@ template <int ROLE> __device__ __forceinline__ void read_tokens(const Grouped& h
 template <int ROLE> __device__ __forceinline__ void to_logits(const Grouped& h, Tile<S>& z, int64_t row0, int64_t at) {
   const int64_t v0 = ROLE == TO_WEIGHT ? row0 : at, left = h.count - v0, tokens = h.tokens - at;
   const int real = static_cast<int>(left < BM ? left : BM);
-  const bf16* bias = h.bias ? h.bias + v0 : nullptr;
+  const float* bias = h.bias ? h.bias + v0 : nullptr;
 #pragma unroll
   for (int i = 0; i < S::MF; i++)
 #pragma unroll
@@ -289,7 +289,7 @@ Grouped grouped(const mswift_head& a, bool by_vocabulary) {
   Grouped h{};
   const Matrix x = matrix(a.x, a.tokens, a.hidden, a.hidden), weight = matrix(a.weight, a.vocab, a.hidden, a.hidden);
   h.own = by_vocabulary ? weight : x, h.other = by_vocabulary ? x : weight;
-  h.bias = static_cast<const bf16*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
+  h.bias = static_cast<const float*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
   const int64_t real = a.size - a.first;
   h.count = real < 0 ? 0 : real < a.vocab ? real : a.vocab;
   h.scale = a.scale, h.softcap = a.softcap, h.without_label = a.without_label != 0;

@@ -12,7 +12,7 @@ constexpr float NEAR = 8.0f;  // so far may a logit pass its row's reference bef
 
 struct Owned {
   Matrix own, other;
-  const bf16* bias;
+  const float* bias;
   const int64_t* labels;
   int64_t tokens, first, count;  // first row of the vocabulary that is here; how many rows are not padding
   float scale, softcap;
@@ -190,7 +190,7 @@ template <int ROLE, int NF> __global__ void __launch_bounds__(THREADS, 1) head_r
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) product += sums[(g * BM + r) * ROW + q + i];
       const int64_t v = ROLE == TO_WEIGHT ? mine : at + i, t = ROLE == TO_WEIGHT ? at + i : mine;
-      z[i] = v < h.count ? softened(h.scale, h.softcap, h.bias ? product + widen(load(h.bias + v)) : product) : -INFINITY;
+      z[i] = v < h.count ? softened(h.scale, h.softcap, h.bias ? product + load(h.bias + v) : product) : -INFINITY;
       const bool is_label = ROLE == TO_WEIGHT ? t < h.tokens && load(h.labels + t) - h.first == v : v == label;
       if (ROLE == SWEEP && is_label && z[i] != -INFINITY) row.label_logit = z[i];
       if (is_label && h.without_label) z[i] = -INFINITY;
@@ -237,7 +237,7 @@ Owned owned(const mswift_head& a, bool by_vocabulary) {
   Owned h{};
   const Matrix x = matrix(a.x, a.tokens, a.hidden, a.hidden), weight = matrix(a.weight, a.vocab, a.hidden, a.hidden);
   h.own = by_vocabulary ? weight : x, h.other = by_vocabulary ? x : weight;
-  h.bias = static_cast<const bf16*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
+  h.bias = static_cast<const float*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
   const int64_t real = a.size - a.first;
   h.count = real < 0 ? 0 : real < a.vocab ? real : a.vocab;
   h.scale = a.scale, h.softcap = a.softcap, h.without_label = a.without_label != 0;

@@ -101,7 +101,7 @@ int mswift_outer(const mswift_outer_args* args, void* stream);
 
 /* --- a vocabulary's head: logits z = softcap tanh(scale (x weight^T + bias) / softcap), never stored as a whole ---
  * Rows `first`, `first` + 1, ... of the vocabulary are here; rows from `size` on are padding. labels are rows of the whole vocabulary; one
- * that is not here is another rank's. softcap 0: none. bf16; bias may be NULL. without_label: sums and gradients leave the label's logit out
+ * that is not here is another rank's. softcap 0: none. bf16; bias fp32, may be NULL. without_label: sums and gradients leave the label's logit out
  * (it is still told), so that nothing has to be subtracted from a sum that it dominates; of_label is then not used. */
 typedef struct {
   const void *x, *weight, *bias;

@@ -28,11 +28,11 @@ def _dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
         raise RuntimeError(f"linear_softmax: wanted bfloat16 hidden [tokens, n], weight [rows, n] and labels [tokens], got {got}")
     if labels.dtype != torch.int64:
         raise RuntimeError(f"labels: got {labels.dtype}, wanted int64")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"bias: got {list(bias.shape)}, wanted [{len(weight)}]")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in (torch.bfloat16, torch.float32)):
+        raise RuntimeError(f"bias: got {list(bias.shape)} {bias.dtype}, wanted float32 or bfloat16 [{len(weight)}]")
     if not 0 <= valid <= len(weight):
         raise RuntimeError(f"valid: got {valid}, wanted 0 to {len(weight)}, the rows of the weight")
-    return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.to(torch.bfloat16).contiguous(), labels.contiguous()
+    return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous(), labels.contiguous()
 
 
 def linear_softmax(

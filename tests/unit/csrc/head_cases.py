@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 def problem(random: np.random.Generator, tokens: int, hidden: int, vocab: int, *, padding: int = 0, ranks: int = 1, **more: Any) -> Problem:
     spread = more.get("spread", 1.0)
     weight = rounded(random.normal(size=(vocab, hidden)) * spread / np.sqrt(hidden))
-    bias = rounded(random.normal(size=vocab)) if more.get("bias") else None
+    bias = random.normal(size=vocab).astype(np.float32) if more.get("bias") else None
     labels = random.integers(0, vocab - padding, size=tokens)
     labels[0], labels[-1] = 0, vocab - padding - 1
     return Problem(

@@ -336,6 +336,11 @@ def test_a_bias_in_fp32_stays_so(emulated: Emulated) -> None:
     assert torch.equal(ops.quantised_product(x, codes.codes, codes.magnitudes, 24, 16, 0, bias, None, None, False, [0] * 5).float(), wanted)
     grouped = ops.grouped_product(x, [weight, weight], torch.tensor([1, 2]), [bias, 2 * bias], None, [], False, 1.0, None, 0, 0, 16)
     assert torch.equal(grouped.float(), wanted * torch.tensor([1.0, 2.0, 2.0])[:, None])
+    for width in (16, 648):  # a head on one block, and on a group of blocks
+        for gradient in (0, 1):
+            hidden, rows = torch.zeros(3, width, dtype=BF16), torch.zeros(24, width, dtype=BF16)
+            stats = ops.linear_softmax(hidden, rows, bias, torch.tensor([0, 7, 23]), 24, 1.0, 0.0, gradient)[0]
+            assert torch.equal(stats[3], bias[:3]), "the label's logit"
 
 
 def test_a_head_whose_logits_are_scaled_to_nothing(emulated: Emulated) -> None:
