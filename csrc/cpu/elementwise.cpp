@@ -133,6 +133,8 @@ static std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_, const T
   return {y, sum, rstd};
 }
 
+constexpr int64_t kSummed = 32;  // rows whose parts of the weight's gradient one thread adds up, so that the order of additions is fixed
+
 static std::tuple<Tensor, Tensor> rms_norm_backward(
     const Tensor& grad_, const std::optional<Tensor>& grad_sum_, const Tensor& x_, const Tensor& weight, const Tensor& rstd_, bool zero_centred,
     bool of_weight) {
@@ -142,20 +144,22 @@ static std::tuple<Tensor, Tensor> rms_norm_backward(
   const Tensor rstd = rstd_.contiguous(), grad = grad_.contiguous(), x = x_.contiguous(), w = factors(weight, zero_centred), grad_sum = grad_sum_ ? grad_sum_->contiguous() : Tensor();
   TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "rms_norm_backward: grad must be as x");
   TORCH_CHECK(!grad_sum.defined() || (grad_sum.sizes() == x.sizes() && grad_sum.scalar_type() == x.scalar_type()), "rms_norm_backward: grad_sum must be as x");
-  const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
-  Tensor dx = at::empty(x.sizes(), x.options());
+  const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0, blocks = (rows + kSummed - 1) / kSummed;
+  Tensor dx = at::empty(x.sizes(), x.options()), parts = at::zeros({of_weight ? blocks : 0, n}, x.options().dtype(at::kFloat));
   by_type(x, "rms_norm_backward", [&](auto value) {
     using Value = decltype(value);
     const Value* added = grad_sum.defined() ? data_of<Value>(grad_sum) : nullptr;
-    over_rows(rows, n, [&](int64_t r) {
-      const auto at = r * n;
-      MSWIFT_ROW(
-          rms_norm_backward_row, data_of<Value>(grad) + at, added ? added + at : nullptr, data_of<Value>(x) + at, data_of<float>(w), n,
-          data_of<float>(rstd)[r], data_of<Value>(dx) + at);
+    over_rows(blocks, n * kSummed, [&](int64_t block) {
+      for (int64_t r = block * kSummed; r < std::min(rows, (block + 1) * kSummed); r++) {
+        const auto at = r * n;
+        const Value *of_y = data_of<Value>(grad) + at, *of_x = data_of<Value>(x) + at;
+        const float scale = data_of<float>(rstd)[r];
+        MSWIFT_ROW(rms_norm_backward_row, of_y, added ? added + at : nullptr, of_x, data_of<float>(w), n, scale, data_of<Value>(dx) + at);
+        if (of_weight) MSWIFT_ROW(rms_norm_weight_row, of_y, of_x, n, scale, data_of<float>(parts) + block * n);
+      }
     });
   });
-  if (!of_weight) return {dx, at::empty({0}, x.options().dtype(at::kFloat))};
-  return {dx, (grad.to(at::kFloat) * x.to(at::kFloat) * rstd.unsqueeze(-1)).reshape({rows, n}).sum(0)};
+  return {dx, of_weight ? parts.sum(0) : at::empty({0}, parts.options())};
 }
 
 static Gate gate_of(double slope, double cubic, double limit, double offset) {
