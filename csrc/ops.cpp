@@ -22,9 +22,17 @@ TORCH_LIBRARY(mswift, m) {
   m.def(
       "linear_softmax(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int valid, float scale, float cap, int gradient) -> "
       "(Tensor stats, Tensor mean, Tensor mean2)");
+  //   the same for a weight that is trained; kept: memory of its gradient, which holds logits meanwhile; more: at most `room` bytes of them besides.
+  //   Kernels for the CPU only, as for _kept
+  m.def(
+      "linear_softmax_keeping(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int valid, float scale, bool gradient, int room) -> "
+      "(Tensor stats, Tensor mean, Tensor kept, Tensor more, Tensor references)");
   m.def(
       "linear_softmax_grad_weight(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor factors, int valid, float scale, float cap) -> "
       "(Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "linear_softmax_grad_weight_kept(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor factors, Tensor(a!) kept, Tensor more, "
+      "Tensor references, int valid, float scale) -> Tensor grad_bias");
 
   // a frozen linear layer with a low-rank adapter, x [tokens, in], weight [out, in], a [rank, in], b [out, rank]:
   //   low = scale dropout(x) a^T;  out = factor (x weight^T + low b^T) + bias;  inner: out without factor and bias, empty without a factor

@@ -83,6 +83,10 @@ static inline __m512i bf16_bits(V a) {
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 static inline void store(uint16_t* p, V a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(a))); }
+static inline V load(const int16_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)))}; }
+static inline void store(int16_t* p, V a) {  // the nearest whole numbers, within the range
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
 static inline V all(float x) { return {_mm512_set1_ps(x)}; }
 static inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mswift.kernels import checks, functions
-from mswift.kernels.linear_softmax import Limits, Statistics, statistics, weight_gradient
+from mswift.kernels.linear_softmax import Kept, Limits, Statistics, keeping_statistics, keeps, kept_weight_gradient, statistics, weight_gradient
 
 IGNORE = -100
 """Label of a token that is not scored (torch's own ignore_index)."""
@@ -34,6 +34,7 @@ class _Setting(NamedTuple):
     group: dist.ProcessGroup | None
     reduce_grad: bool
     entropy_grad: bool
+    keep: bool  # the weight's gradient will be wanted, and its memory may be had now
 
 
 class _Parts(NamedTuple):
@@ -81,9 +82,13 @@ class _LinearLogProbs(torch.autograd.Function):
         local = labels - setting.first
         local = local.masked_fill((local < 0) | (local >= limits.valid), -1)
         wants_hidden = ctx.needs_input_grad[0]
-        mine = statistics(hidden, weight, bias, local, limits, (2 if setting.entropy_grad else 1) if wants_hidden else 0)
+        kept: tuple[Tensor | None, ...] = (None, None, None)
+        if setting.keep:
+            mine, kept = keeping_statistics(hidden, weight, bias, local, limits, wants_hidden)
+        else:
+            mine = statistics(hidden, weight, bias, local, limits, (2 if setting.entropy_grad else 1) if wants_hidden else 0)
         parts = _combine(mine, along, setting.group)
-        ctx.setting, ctx.has_bias = setting, bias is not None
+        ctx.setting, ctx.spent = setting, False
         ctx.trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         means: tuple[Tensor, ...] = ()
         if wants_hidden:
@@ -95,24 +100,25 @@ class _LinearLogProbs(torch.autograd.Function):
                 means = (mean.to(hidden.dtype),)
         ctx.mark_non_differentiable(*(() if setting.entropy_grad else (parts.entropy,)), *(() if along is not None else (parts.total,)))
         ctx.save_for_backward(
-            hidden if ctx.trained else None, weight, bias, local, mine.label, *parts[:3], parts.label_prob, parts.other_prob, *means
+            *(hidden if ctx.trained else None, weight, bias, local, mine.label, *parts[:3], parts.label_prob, parts.other_prob, *kept, *means)
         )
         return parts.log_probs, parts.entropy, parts.lse, parts.total
 
     @staticmethod
     @functions.backward("linear_log_probs")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, local, label, log_probs, entropy, lse, label_prob, other_prob, *means = ctx.saved_tensors
+        hidden, weight, bias, local, label, log_probs, entropy, lse, label_prob, other_prob, *rest = ctx.saved_tensors
+        kept, means = Kept(*rest[:3]), rest[3:]
         setting: _Setting = ctx.setting
         to_log_prob, to_entropy, to_lse = (grad.float() for grad in grads[:3])
         if not setting.entropy_grad:
             to_entropy = torch.zeros_like(to_log_prob)
         grad_hidden, grad_weight, grad_bias = None, None, None
+        at_label = to_log_prob * other_prob + label_prob * (to_lse - to_entropy * (log_probs + entropy))
+        if setting.limits.cap:
+            at_label = at_label * (1.0 - (label / setting.limits.cap).clamp(min=-1.0) ** 2)
+        at_label = at_label.masked_fill(local < 0, 0.0)
         if ctx.needs_input_grad[0]:
-            at_label = to_log_prob * other_prob + label_prob * (to_lse - to_entropy * (log_probs + entropy))
-            if setting.limits.cap:
-                at_label = at_label * (1.0 - (label / setting.limits.cap).clamp(min=-1.0) ** 2)
-            at_label = at_label.masked_fill(local < 0, 0.0)
             grad_hidden = weight.index_select(0, local.clamp(min=0)).float().mul_(at_label[:, None])
             grad_hidden.addcmul_(means[0], (to_lse - to_log_prob)[:, None])
             if setting.entropy_grad:
@@ -121,9 +127,14 @@ class _LinearLogProbs(torch.autograd.Function):
             if setting.group is not None and setting.reduce_grad:
                 dist.all_reduce(grad_hidden, group=setting.group)
         if ctx.trained:
-            a = to_lse - to_log_prob - to_entropy * (entropy - lse)
-            factors = torch.stack((lse, a, to_entropy, to_log_prob))
-            grad_weight, grad_bias = weight_gradient(hidden, weight, bias, local, factors, setting.limits)
+            if setting.keep and not ctx.spent:  # a second backward pass finds a gradient there, which is no longer ours
+                ctx.spent = True
+                factors = torch.stack((lse, to_lse - to_log_prob, to_log_prob, at_label))
+                grad_weight, grad_bias = kept_weight_gradient(hidden, weight, bias, local, factors, kept, setting.limits)
+            else:
+                a = to_lse - to_log_prob - to_entropy * (entropy - lse)
+                factors = torch.stack((lse, a, to_entropy, to_log_prob))
+                grad_weight, grad_bias = weight_gradient(hidden, weight, bias, local, factors, setting.limits)
             grad_bias = grad_bias.to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None
         return grad_hidden, grad_weight if ctx.needs_input_grad[1] else None, grad_bias, None, grads[3] if ctx.needs_input_grad[4] else None, None
 
@@ -177,8 +188,9 @@ def score(
     along: Tensor | None = None,
 ) -> tuple[LogProbs, Tensor]:
     """`linear_log_probs` of flat tokens that are all scored, with everything resolved; and the sum over ranks of `along`, fp32 ``[tokens]``."""
-    setting = _Setting(limits, first, group, reduce_grad, entropy_grad)
     wide = hidden if hidden.dtype == weight.dtype else hidden.to(weight.dtype)
+    keep = torch.is_grad_enabled() and weight.requires_grad and not entropy_grad and keeps(wide, weight, limits)
+    setting = _Setting(limits, first, group, reduce_grad, entropy_grad, keep)
     *values, total = _LinearLogProbs.apply(wide, weight, bias, labels, along, setting)
     return LogProbs(*values), total
 

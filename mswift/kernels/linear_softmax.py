@@ -2,6 +2,7 @@
 
 `statistics` gives for each token what its log-probabilities need and, on request, the rows of the weight averaged under the softmax (which
 is the gradient of the log-sum-exp). `weight_gradient` gives the gradient of the weight, summed in fp32 over all tokens and rounded once.
+`keeping_statistics` takes the memory of that gradient early and keeps logits in it, which `kept_weight_gradient` need not compute again.
 Nothing here knows of ranks: `linear_log_probs` puts the parts of a vocabulary together.
 """
 
@@ -19,6 +20,7 @@ NAME = "linear_cross_entropy"
 
 _CHUNK_BYTES = 32 * 2**20  # fp32 logits of one chunk: few enough bytes to stay near the cores, enough rows to feed the matrix product
 _LOWEST = -1e30
+_ROOM = 16 * 2**20  # bytes of logits that are kept for the weight's gradient besides those that its own memory holds
 
 
 class Limits(NamedTuple):
@@ -43,6 +45,14 @@ class Statistics(NamedTuple):
     label: Tensor
     mean: Tensor
     mean2: Tensor
+
+
+class Kept(NamedTuple):
+    """Logits that wait for the weight's gradient. memory: of that gradient. more: beside it. references: what the logits are relative to."""
+
+    memory: Tensor
+    more: Tensor
+    references: Tensor
 
 
 def _named(stats: Tensor, mean: Tensor, mean2: Tensor) -> Statistics:
@@ -169,7 +179,60 @@ def weight_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels:
     return torch.ops.mswift.linear_softmax_grad_weight(hidden, weight, bias, labels, factors, *limits)
 
 
+def keeps(hidden: Tensor, weight: Tensor, limits: Limits) -> bool:
+    """Whether logits can be kept. A compiled graph computes them again: it would have to copy what it cannot prove to be its own memory."""
+    return hidden.device.type == "cpu" and limits.cap == 0.0 and choice.compiled(NAME, hidden, weight) and not torch.compiler.is_compiling()
+
+
+def keeping_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, limits: Limits, gradient: bool
+) -> tuple[Statistics, Kept]:
+    """`statistics` where `keeps` holds, with the logits of as many tokens as the memory of the weight's gradient holds."""
+    stats, mean, *kept = torch.ops.mswift.linear_softmax_keeping(hidden, weight, bias, labels, limits.valid, limits.scale, gradient, _ROOM)
+    return _named(stats, mean, mean[:0]), Kept(*kept)
+
+
+def kept_weight_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor, kept: Kept, limits: Limits
+) -> tuple[Tensor, Tensor]:
+    """`weight_gradient` without b, once: the gradient takes the place of the kept logits.
+
+    Args:
+        factors: fp32 ``[4, tokens]``: log-sum-exp, a, g, and the whole gradient of the label's logit.
+    """
+    room = kept.memory.data  # with a version of its own: autograd has saved the other one
+    grad_bias = torch.ops.mswift.linear_softmax_grad_weight_kept(hidden, weight, bias, labels, factors, room, *kept[1:], limits.valid, limits.scale)
+    return room, grad_bias
+
+
 if extension.available():
+
+    @torch.library.register_fake("mswift::linear_softmax_keeping")
+    def _(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: int, scale: float, gradient: bool, room: int
+    ) -> tuple[Tensor, ...]:
+        tokens, width = hidden.shape
+        stats, mean = (hidden.new_empty(*size, dtype=torch.float32) for size in ((4, tokens), (tokens if gradient else 0, width)))
+        wanted, panel = (tokens + 63) // 64 * 64, 64 * weight.shape[0] * hidden.element_size()
+        own = min(wanted, width // 64 * 64)
+        count = min(wanted, own + (room // panel * 64 if panel else 0))
+        kept, more = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0], count - own)
+        return stats, mean, kept, more, hidden.new_empty((valid + 511) // 512, count, dtype=torch.float32)
+
+    @torch.library.register_fake("mswift::linear_softmax_grad_weight_kept")
+    def _(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        factors: Tensor,
+        kept: Tensor,
+        more: Tensor,
+        references: Tensor,
+        valid: int,
+        scale: float,
+    ) -> Tensor:
+        return hidden.new_empty(0 if bias is None else weight.shape[0], dtype=torch.float32)
 
     @torch.library.register_fake("mswift::linear_softmax")
     def _(

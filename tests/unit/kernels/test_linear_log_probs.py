@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mswift.kernels import extension
+from mswift.kernels import linear_log_probs as face
 from mswift.kernels import linear_softmax as module
 from mswift.kernels.linear_log_probs import IGNORE, linear_log_probs
 from tests.distributed.harness import run_distributed
@@ -145,6 +147,101 @@ def test_the_gradient_may_be_asked_for_twice() -> None:
     assert first.count_nonzero() > 0
 
 
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Addresses of the memory in which logits were kept, and -1 for each time that they were used."""
+    if not extension.available():
+        pytest.skip("the compiled kernels are not built")
+    seen: list[int] = []
+    monkeypatch.setattr(module, "_ROOM", 0)  # so that of some tokens nothing is kept
+    keep, use = face.keeping_statistics, face.kept_weight_gradient
+
+    def keeping(*args: Any) -> Any:
+        found = keep(*args)
+        seen.append(found[1].memory.data_ptr())
+        return found
+
+    def using(*args: Any) -> Any:
+        seen.append(-1)
+        return use(*args)
+
+    monkeypatch.setattr(face, "keeping_statistics", keeping)
+    monkeypatch.setattr(face, "kept_weight_gradient", using)
+    return seen
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_gradient_of_a_weight_may_be_asked_for_twice(kept: list[int], width: int) -> None:
+    """Kept logits are there once; the second pass computes them again and leaves the first one's gradient alone, which lies in their memory."""
+    states, weight, labels, upstream = inputs(90, width, 600, padding=3)
+    expected = reference(states, weight, labels, upstream, 600)
+    states.requires_grad_(), weight.requires_grad_()
+    values = linear_log_probs(states, weight, labels, vocab_size=600).log_probs
+    values.backward(upstream, retain_graph=True)
+    assert weight.grad is not None
+    assert states.grad is not None
+    assert kept == [weight.grad.data_ptr(), -1], "the gradient was copied, or is elsewhere"
+    first = weight.grad.clone()
+    torch.testing.assert_close(first.double(), expected[2], atol=1e-5, rtol=1e-5)
+    taken, weight.grad = weight.grad, None
+    again = torch.autograd.grad(values, (states, weight), 2 * upstream, retain_graph=True)
+    torch.testing.assert_close(again[1].double(), 2 * expected[2], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(again[0].double(), 2 * expected[1], atol=2e-5, rtol=1e-5)
+    assert torch.equal(taken, first), "a gradient that was handed out has changed"
+    taken.fill_(torch.nan)
+    values.backward(upstream)
+    torch.testing.assert_close(weight.grad, first, atol=1e-6, rtol=1e-5)
+    assert len(kept) == 2
+
+
+def test_gradients_of_several_losses_are_added(kept: list[int]) -> None:
+    states, weight, labels, upstream = inputs(90, 64, 300)
+    expected = reference(states, weight, labels, upstream, 300)[2]
+    weight.requires_grad_()
+    losses = [linear_log_probs(states, weight, labels).log_probs @ upstream for _ in range(3)]
+    (losses[0] + losses[1]).backward()
+    losses[2].backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), 3 * expected, atol=3e-5, rtol=1e-5)
+    assert sorted(kept)[:3] == [-1] * 3
+    assert len(set(kept)) == 4
+
+
+def test_checkpointing_recomputes_kept_logits(kept: list[int]) -> None:
+    states, weight, labels, upstream = inputs(90, 64, 300)
+    expected = reference(states, weight, labels, upstream, 300)
+    states.requires_grad_(), weight.requires_grad_()
+    for reentrant in (False, True):
+        states.grad = weight.grad = None
+        values = torch.utils.checkpoint.checkpoint(lambda x, w: linear_log_probs(x, w, labels).log_probs, states, weight, use_reentrant=reentrant)
+        values.backward(upstream)
+        assert_equal((values.detach(), states.grad, weight.grad), expected, trained=True)
+    assert kept.count(-1) == 2
+
+
+def test_logits_are_kept_only_for_a_gradient_that_they_give(kept: list[int]) -> None:
+    states, weight, labels, upstream = inputs(90, 64, 300)
+    trained = weight.clone().requires_grad_()
+    bias = torch.zeros(300, requires_grad=True)
+    with torch.no_grad():
+        linear_log_probs(states.requires_grad_(), trained, labels)
+    linear_log_probs(states, weight, labels)
+    linear_log_probs(states, weight, labels, bias=bias)
+    linear_log_probs(states, trained, labels, softcap=3.0)
+    linear_log_probs(states, trained, labels, entropy_grad=True)
+    assert not kept
+    values = linear_log_probs(states.detach(), trained, labels, bias=bias).log_probs
+    found = torch.autograd.grad(values, (trained, bias), upstream)
+    torch.testing.assert_close(found[0].double(), reference(states.detach(), weight, labels, upstream, 300)[2], atol=1e-5, rtol=1e-5)
+    assert found[1].abs().max() > 0.1
+    assert kept[1:] == [-1]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: (linear_log_probs(x, w, labels).log_probs * upstream).sum(), backend="aot_eager")
+    graph = torch.autograd.grad(compiled(states, trained), trained)[0]
+    torch.testing.assert_close(graph, found[0], atol=1e-5, rtol=1e-5)
+    assert len(kept) == 2
+
+
 def _parallel(rank: int, world: int, cases: list[tuple[dict[str, Any], int, bool, bool]]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     import torch.distributed as dist
 
@@ -164,8 +261,9 @@ def test_a_vocabulary_over_several_ranks(world: int) -> None:
         {"tokens": 19, "hidden": 6, "padding": 3},
         {"tokens": 1, "hidden": 3, "padding": 8, "ignored": 0.0},
         {"tokens": 5, "hidden": 4, "padding": 3, "ignored": 1.0},
+        {"tokens": 90, "hidden": 64, "padding": 1},
     ]
-    vocabs = [29, 8, 13]
+    vocabs = [29, 8, 13, 203]
     cases = [(size, vocab, trained, reduce) for size, vocab in zip(sizes, vocabs) for trained in (True, False) for reduce in (True, False)]
     ranks = run_distributed(_parallel, world, cases)
     for case, (options, vocab, trained, reduce) in enumerate(cases):
