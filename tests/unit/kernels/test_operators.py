@@ -327,6 +327,11 @@ def _of_the_head(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for level in (0, 1, 2):
         yield "linear_softmax", (hidden, weight, bias, labels, 68, 1.0, 0.0, level)
     yield "linear_softmax_grad_weight", (hidden, weight, None, labels, torch.ones(4, 9), 68, 1.0, 4.0)
+    hidden, weight, labels = draw(128, 64, dtype=dtype), draw(70, 64, seed=1, dtype=dtype), torch.arange(128) % 71 - 1
+    keeping = (hidden, weight, None, labels, 70, 1.0, True, 64 * 70 * dtype.itemsize)  # sizes that leave nothing of the memory unwritten
+    yield "linear_softmax_keeping", keeping
+    kept = torch.ops.mswift.linear_softmax_keeping(*keeping)[2:]
+    yield "linear_softmax_grad_weight_kept", (hidden, weight, None, labels, torch.ones(4, 128), *kept, 70, 1.0)
 
 
 def _of_adapters(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
