@@ -5,7 +5,9 @@ the process's CPU time, with more it is the wall's. The last line is JSON: rows 
 limit_ratio, extra_mib`` (ratio: peer / ours; limit_ratio: limit / ours, 1.0 where nothing but the products takes time), for what only moves
 memory also ``ours_gb_s, limit_gb_s``, that of ours and of a copy of as many bytes.
 
-Usage: python benchmarks/kernels.py [--only head/small lora] [--rounds 7] [--threads 1 2] [--no-compile]
+With --launched all of them run with the settings of memory that the launcher gives a training process.
+
+Usage: python benchmarks/kernels.py [--only head/small lora] [--rounds 7] [--threads 1 2] [--no-compile] [--launched]
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +26,8 @@ from typing import Any
 
 import kernels_experts
 import kernels_more
+
+from mswift.launch import MALLOC
 
 Methods = dict[str, Callable[[], Any]]
 SMALL, LARGE = (2048, 576, 49_152), (1024, 2048, 151_936)
@@ -352,7 +358,10 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--memory", action="store_true", help="measure the memory of ours too, in a process of its own")
     parser.add_argument("--slow-peers", action="store_true", help="F.linear_cross_entropy on the large shape too, minutes a step")
+    parser.add_argument("--launched", action="store_true", help="with the launcher's settings of memory, for every method")
     options = parser.parse_args()
+    if options.launched and MALLOC.keys() - os.environ.keys():  # they are read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**MALLOC, **os.environ})
     rows = []
     for name, make in cases(not options.no_compile, options.slow_peers):
         if not name.startswith(tuple(options.only)):

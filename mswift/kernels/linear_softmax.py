@@ -20,7 +20,7 @@ NAME = "linear_cross_entropy"
 
 _CHUNK_BYTES = 32 * 2**20  # fp32 logits of one chunk: few enough bytes to stay near the cores, enough rows to feed the matrix product
 _LOWEST = -1e30
-_ROOM = 8 * 2**20  # bytes of logits that are kept for the weight's gradient besides those that its own memory holds
+_ROOM = 16 * 2**20  # bytes of logits that are kept for the weight's gradient besides those that its own memory holds
 
 
 class Limits(NamedTuple):
