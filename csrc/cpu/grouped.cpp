@@ -101,21 +101,16 @@ void check_rows(const char* name, const Tensor& x, int64_t depth) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, name, ": wanted bfloat16, got ", x.scalar_type());
 }
 
-/// x with zeros where the mask of its group has them.
-Tensor masked(const Tensor& x, const std::vector<int64_t>& offsets, const Masks& masks) {
-  if (!masks.threshold) return x;
-  Tensor result = at::empty(x.sizes(), x.options());
-  const int64_t width = x.size(1);
-  auto* to = static_cast<uint16_t*>(result.mutable_data_ptr());
-  const std::vector<Task> tasks = tasks_of(offsets, width, 1);
-  run_tasks(static_cast<int64_t>(tasks.size()), [&](const auto& next) {
-    for (int64_t i = next(); i >= 0; i = next()) {
-      const Task& t = tasks[i];
-      const int64_t at = (offsets[t.group] + t.first) * width;
-      masked_rows(bits(x) + at, width, t.rows, width, masks.of(t.group, t.first), to + at);
-    }
+/// The rows of a group with zeros where its mask has them, in the memory of `kept`.
+Tensor masked(const Tensor& rows, const Mask& mask, const Tensor& kept) {
+  const int64_t width = rows.size(1);
+  auto* to = static_cast<uint16_t*>(kept.mutable_data_ptr());
+  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
+    Mask from = mask;
+    from.first_row += begin;
+    masked_rows(bits(rows) + begin * width, width, end - begin, width, from, to + begin * width);
   });
-  return result;
+  return kept;
 }
 
 Tensor product(const Tensor& x_, at::TensorList weights_, const Tensor& counts, at::TensorList biases_, const std::optional<Tensor>& low_, at::TensorList up_,
@@ -170,15 +165,22 @@ Tensor outer(const Tensor& a_, const Tensor& b_, const Tensor& counts, const std
   check_rows("b", b_, b_.size(1));
   const int64_t groups = counts.numel();
   const std::vector<int64_t> offsets = offsets_of(counts, a_.size(0), groups);
-  const Tensor a = a_.contiguous(), b = masked(b_.contiguous(), offsets, Masks(seeds, threshold, first_column, full_width, groups));
-  Tensor out = at::empty({groups, a.size(1), b.size(1)}, a.options());
+  const Masks masks(seeds, threshold, first_column, full_width, groups);
+  const Tensor a = a_.contiguous(), b = b_.contiguous();
+  Tensor out = at::empty({groups, a.size(1), b.size(1)}, a.options()), kept;  // kept: what the mask leaves of the rows of one group
   for (int64_t g = 0; g < groups; g++) {
     Tensor to = out.select(0, g);
     const int64_t count = offsets[g + 1] - offsets[g];
-    if (count == 0)
+    if (count == 0) {
       to.zero_();
-    else
-      at::mm_out(to, a.narrow(0, offsets[g], count).t(), b.narrow(0, offsets[g], count));
+      continue;
+    }
+    Tensor rows = b.narrow(0, offsets[g], count);
+    if (masks.threshold) {
+      if (!kept.defined() || kept.size(0) < count) kept = at::empty({count, b.size(1)}, b.options());
+      rows = masked(rows, masks.of(g, 0), kept.narrow(0, 0, count));
+    }
+    at::mm_out(to, a.narrow(0, offsets[g], count).t(), rows);
   }
   return out;
 }

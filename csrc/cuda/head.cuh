@@ -61,6 +61,18 @@ __device__ __forceinline__ float lanes_sum(float value) {
   return value + shuffle_xor(value, 2);
 }
 
+// What is the caller's of a kernel's arguments: whose rows a block owns, and what it multiplies them with.
+template <class Arguments> Arguments sides(const mswift_head& a, bool by_vocabulary) {
+  Arguments h{};
+  const Matrix x = matrix(a.x, a.tokens, a.hidden, a.hidden), weight = matrix(a.weight, a.vocab, a.hidden, a.hidden);
+  h.own = by_vocabulary ? weight : x, h.other = by_vocabulary ? x : weight;
+  h.bias = static_cast<const float*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
+  const int64_t real = a.size - a.first;
+  h.count = real < 0 ? 0 : real < a.vocab ? real : a.vocab;
+  h.scale = a.scale, h.softcap = a.softcap, h.without_label = a.without_label != 0;
+  return h;
+}
+
 // acc [tokens, hidden] = the sum of those of several parts of the vocabulary, relative to the maximum of all; tops (NULL: none): the first part's
 // maxima, those of the next `stride` behind.
 int join_parts(const mswift_head& head, const float* parts, const float* tops, int64_t stride, float* acc, int splits, void* stream);

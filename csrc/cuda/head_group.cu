@@ -285,16 +285,6 @@ template <int ROLE> int run(Grouped h, int64_t hidden, int splits, void* workspa
   return 0;
 }
 
-Grouped grouped(const mswift_head& a, bool by_vocabulary) {
-  Grouped h{};
-  const Matrix x = matrix(a.x, a.tokens, a.hidden, a.hidden), weight = matrix(a.weight, a.vocab, a.hidden, a.hidden);
-  h.own = by_vocabulary ? weight : x, h.other = by_vocabulary ? x : weight;
-  h.bias = static_cast<const float*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
-  const int64_t real = a.size - a.first;
-  h.count = real < 0 ? 0 : real < a.vocab ? real : a.vocab;
-  h.scale = a.scale, h.softcap = a.softcap, h.without_label = a.without_label != 0;
-  return h;
-}
 }  // namespace
 
 extern "C" int mswift_head_group(int64_t hidden) { return group_of(hidden, held()); }
@@ -306,7 +296,7 @@ extern "C" int mswift_head_groups(int64_t hidden) {
 extern "C" int mswift_head_sweep(const mswift_head* head, float* stats, float* acc, float* partial, float* acc_parts, int splits, void* workspace, int groups,
                                  void* stream) {
   if (head->tokens == 0) return 0;
-  Grouped h = grouped(*head, false);
+  Grouped h = sides<Grouped>(*head, false);
   h.parts = partial, h.out = splits > 1 ? acc_parts : acc;
   int error = run<SWEEP>(h, head->hidden, splits, workspace, groups, static_cast<Stream>(stream));
   const int64_t group = mswift_head_group(head->hidden);
@@ -319,13 +309,13 @@ extern "C" int mswift_head_gradient(const mswift_head* head, const float* lse, c
   if (head->tokens == 0) return 0;
   int error = 0;
   if (dx_acc) {
-    Grouped h = grouped(*head, false);
+    Grouped h = sides<Grouped>(*head, false);
     h.lse = lse, h.coefficients = coefficients, h.out = splits > 1 ? acc_parts : dx_acc;
     error = run<TO_HIDDEN>(h, head->hidden, splits, workspace, groups, static_cast<Stream>(stream));
     if (!error && splits > 1) error = join_parts(*head, acc_parts, nullptr, 0, dx_acc, splits, stream);
   }
   if (!error && dweight) {
-    Grouped h = grouped(*head, true);
+    Grouped h = sides<Grouped>(*head, true);
     h.lse = lse, h.coefficients = coefficients, h.out = dweight, h.narrow_out = dweight_dtype == 1, h.accumulate = accumulate != 0, h.dbias = dbias;
     error = run<TO_WEIGHT>(h, head->hidden, 1, workspace, groups, static_cast<Stream>(stream));
   }

@@ -233,17 +233,6 @@ template <int ROLE, int NF> __global__ void __launch_bounds__(THREADS, 1) head_r
 constexpr size_t bytes_of(int nf) { return ((BM + 2 * BN) * nf * 8 + BM * BN / 8) * sizeof(Chunk); }
 int width_of(int64_t hidden) { return hidden <= 256 ? 4 : hidden <= 512 ? 8 : hidden <= 640 ? 10 : 0; }
 
-Owned owned(const mswift_head& a, bool by_vocabulary) {
-  Owned h{};
-  const Matrix x = matrix(a.x, a.tokens, a.hidden, a.hidden), weight = matrix(a.weight, a.vocab, a.hidden, a.hidden);
-  h.own = by_vocabulary ? weight : x, h.other = by_vocabulary ? x : weight;
-  h.bias = static_cast<const float*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
-  const int64_t real = a.size - a.first;
-  h.count = real < 0 ? 0 : real < a.vocab ? real : a.vocab;
-  h.scale = a.scale, h.softcap = a.softcap, h.without_label = a.without_label != 0;
-  return h;
-}
-
 template <int ROLE> int run(const Owned& h, int splits, Stream stream) {
   const int nf = width_of(h.own.cols);
   const dim3 grid(static_cast<unsigned>((h.own.rows + BM - 1) / BM), static_cast<unsigned>(splits)), block(THREADS);
@@ -261,7 +250,7 @@ extern "C" int mswift_head_on_chip(int64_t hidden) {
 
 extern "C" int mswift_head_sweep_on_chip(const mswift_head* head, float* stats, float* acc, float* partial, float* acc_parts, int splits, void* stream) {
   if (head->tokens == 0) return 0;
-  Owned h = owned(*head, false);
+  Owned h = sides<Owned>(*head, false);
   h.stats = splits > 1 ? partial : stats, h.out = splits > 1 ? acc_parts : acc;
   int error = run<SWEEP>(h, splits, static_cast<Stream>(stream));
   if (error || splits <= 1) return error;
@@ -274,13 +263,13 @@ extern "C" int mswift_head_gradient_on_chip(const mswift_head* head, const float
   if (head->tokens == 0) return 0;
   int error = 0;
   if (dx_acc) {
-    Owned h = owned(*head, false);
+    Owned h = sides<Owned>(*head, false);
     h.lse = lse, h.coefficients = coefficients, h.out = splits > 1 ? acc_parts : dx_acc;
     error = run<TO_HIDDEN>(h, splits, static_cast<Stream>(stream));
     if (!error && splits > 1) error = join_parts(*head, acc_parts, nullptr, 0, dx_acc, splits, stream);
   }
   if (!error && dweight) {
-    Owned h = owned(*head, true);
+    Owned h = sides<Owned>(*head, true);
     h.lse = lse, h.coefficients = coefficients, h.out = dweight, h.narrow_out = dweight_dtype == 1, h.accumulate = accumulate != 0, h.dbias = dbias;
     error = run<TO_WEIGHT>(h, 1, static_cast<Stream>(stream));
   }

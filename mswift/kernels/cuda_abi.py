@@ -107,9 +107,12 @@ def functions(library: ctypes.CDLL) -> dict[str, Callable[..., int]]:
     return found
 
 
-def splits_of(rows: int, tiles: int) -> int:
-    """Into how many parts the rows of an outer product are cut so that about two hundred blocks have work."""
-    return max(1, min(64, 216 // max(1, tiles), rows // 256))
+def splits_of(rows: int, m: int, n: int, tiles: int) -> int:
+    """Into how many parts the rows of an outer product ``[m, n]`` are cut so that about two hundred blocks have work.
+
+    Each part goes through memory in fp32, 8 m n bytes for 2 (m + n) a row: no more than a tenth.
+    """
+    return max(1, min(64, 216 // max(1, tiles), rows // max(256, 40 * m * n // (m + n) + 1)))
 
 
 def threshold_of(probability: float) -> int:

@@ -169,7 +169,7 @@ def outer(
     (rows, m), n, groups = a.shape, b.shape[1], 1 if offsets is None else len(offsets) - 1
     out = a.new_empty((m, n) if offsets is None else (groups, m, n), dtype=dtype)
     tiles = groups * ((m + abi.CHUNK - 1) // abi.CHUNK) * ((n + abi.CHUNK - 1) // abi.CHUNK)
-    splits = abi.splits_of(rows // groups, tiles)
+    splits = abi.splits_of(rows // groups, m, n, tiles)
     partial = a.new_empty(splits, groups, m, n, dtype=torch.float32) if splits > 1 else None
     fields = {"a": pointer(a), "b": pointer(b), "offsets": pointer(offsets), "out": pointer(out), "partial": pointer(partial)}
     sizes = {"rows": rows, "m": m, "n": n, "a_stride": m, "b_stride": n, "groups": groups, "splits": splits, "out_dtype": dtype_of(out)}

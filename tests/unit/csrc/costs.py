@@ -214,8 +214,8 @@ def experts(meter: Meter) -> Iterator[Cost]:
 
 def in_parts(meter: Meter) -> Iterator[Cost]:
     """Where one product has too few tiles for a device its rows are shared out, and the parts go through memory."""
-    rows, rank, inside = 1024, 64, 1024
-    a, b, out, splits = half(rows, rank), half(rows, inside), empty(rank, inside), abi.splits_of(1024, 8)
+    rows, rank, inside = 4400, 64, 256
+    a, b, out, splits = half(rows, rank), half(rows, inside), empty(rank, inside), abi.splits_of(rows, rank, inside, 2)
     partial = unwritten(splits, rank, inside)
     fields = given(a=a, b=b, out=out, partial=partial, rows=rows, m=rank, n=inside, a_stride=rank, b_stride=inside, splits=splits, out_dtype=1)
     name, flops, least = f"gradient of an adapter, {splits} parts", 2 * rows * rank * inside, 2 * (rows * (rank + inside) + rank * inside)

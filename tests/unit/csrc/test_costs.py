@@ -37,12 +37,11 @@ def test_experts_and_quantised_weights() -> None:
     assert check(costs.quantised(meter)) == 4
 
 
-def test_parts_of_a_gradient_cost_what_they_are() -> None:
-    """Written once and read once beside the least, which is what so many blocks at work cost."""
-    (cost,) = costs.in_parts(costs.Meter())
-    assert cost.row() in (ROOT / "docs" / "kernels.md").read_text(encoding="utf8")
-    assert cost.bytes == cost.least_bytes + 2 * 4 * 4 * 64 * 1024
-    assert cost.flops == cost.least_flops
+def test_parts_of_a_gradient() -> None:
+    """Written once and read once beside the least."""
+    (cost,) = found = list(costs.in_parts(costs.Meter()))
+    assert check(found) == 1
+    assert cost.bytes == cost.least_bytes + 2 * 2 * 4 * 64 * 256
 
 
 @pytest.mark.slow
