@@ -51,7 +51,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) rms_norm_forward(c
 }
 
 // Each block takes rows blockIdx.x, + gridDim.x, ... and keeps the weight's gradient of its rows in shared memory: no atomics.
-template <class T> __global__ void __launch_bounds__(THREADS) rms_norm_backward(const Norm n) {
+template <class T> __global__ void __launch_bounds__(THREADS, 4) rms_norm_backward(const Norm n) {
   constexpr int P = Pack<T>::SIZE, F = P / 4;
   const int packs = static_cast<int>((n.cols + P - 1) / P), tid = threadIdx.x;
   DYNAMIC_SHARED(Chunk, cache, packs * (n.partial ? 2 + F : 2));
