@@ -46,14 +46,13 @@ def linear_softmax(
     mean, mean2 = (hidden.new_empty(tokens if gradient >= level else 0, width, dtype=torch.float32) for level in (1, 2))
     if not scale:  # all logits are equal: no distance from their maximum
         mean2.zero_()
-    splits = max(1, min(64, 432 // max(1, (tokens + abi.CHUNK - 1) // abi.CHUNK), (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK))
-    partial = hidden.new_empty(splits, 5, tokens, dtype=torch.float32)
     if gradient and library.ask("mswift_head_on_chip", hidden, width):
         _sweep_on_chip(library, head, hidden, stats, mean, mean2, scale)
     elif gradient:
         _sweep_by_groups(library, head, hidden, stats, mean, mean2, scale)
     else:
-        library.call("mswift_head_statistics", hidden, head, stats, partial, splits)
+        splits = max(1, min(64, 432 // max(1, (tokens + abi.CHUNK - 1) // abi.CHUNK), (weight.shape[0] + abi.CHUNK - 1) // abi.CHUNK))
+        library.call("mswift_head_statistics", hidden, head, stats, hidden.new_empty(splits, 5, tokens, dtype=torch.float32), splits)
     top, others, label, spread, _ = stats
     here = (labels >= 0) & (labels < valid)
     named = (top.clamp_min(_LOWEST), others, spread, label.masked_fill(~here, -torch.inf))

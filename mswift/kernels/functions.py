@@ -15,6 +15,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def in_autocast_dtype(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The operands of a face in the dtype of a surrounding autocast region, if there is one; as in torch's own operators, fp64 is left alone."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if part is None else part.to(dtype) for part in (x, *others))
+
+
 def _without_autocast(function: Callable[..., T], ctx: Any, arguments: tuple[Any, ...]) -> T:
     first = arguments[0]
     device = (first if isinstance(first, Tensor) else next(part for part in arguments if isinstance(part, Tensor))).device.type

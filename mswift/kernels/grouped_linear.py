@@ -207,9 +207,8 @@ def _check(x: Tensor, counts: Tensor, mask: Mask | None, lists: Sequence[Sequenc
 
 
 def _apply(x: Tensor, counts: Tensor, lists: list[list[Tensor]], alpha: float, mask: Mask | None) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, lists = x.to(dtype), [[tensor.to(dtype) for tensor in part] for part in lists]
+    lists = [list(functions.in_autocast_dtype(x, *part)[1:]) for part in lists]
+    (x,) = functions.in_autocast_dtype(x)
     _check(x, counts, mask, lists)
     weights, biases, lora_a, _ = lists
     counts = counts.to(device=x.device, dtype=torch.int64)

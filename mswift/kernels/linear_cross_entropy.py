@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mswift.kernels import functions
-from mswift.kernels.linear_log_probs import IGNORE, autocast, check, check_labels, rows_here, score, spread_out
+from mswift.kernels.linear_log_probs import IGNORE, check, check_labels, rows_here, score, spread_out
 from mswift.kernels.linear_softmax import Limits, capped_logits, chunk_rows
 from mswift.runtime.precision import widen
 
@@ -152,7 +152,7 @@ def linear_cross_entropy(
     scored = chosen.nonzero().squeeze(1)
     target = flat_labels[scored]
     check_labels(target, weight, vocab_size, group)
-    hidden, weight, bias = autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
+    hidden, weight, bias = functions.in_autocast_dtype(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
     if len(scored) != len(flat_labels):
         hidden = hidden.index_select(0, scored)
     along = None

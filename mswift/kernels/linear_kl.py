@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mswift.kernels import functions
 from mswift.kernels.divergences import Kind, Measure, Room, compare, distances, gradient, likeliest, probabilities, summed
-from mswift.kernels.linear_log_probs import IGNORE, autocast
+from mswift.kernels.linear_log_probs import IGNORE
 from mswift.runtime.precision import widen
 
 _CHUNK_BYTES = 24 * 2**20  # products of one side: enough rows to feed a matrix product
@@ -216,14 +216,14 @@ class _Sweep:
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
+    @functions.forward
     def forward(ctx: Any, setting: _Setting, *operands: Tensor | None) -> Tensor:
         hidden = operands[0]
         assert hidden is not None
         ctx.setting, ctx.trained = setting, ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[1] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            sweep = _Sweep(operands, setting)
-            values, *known = sweep.full(to_hidden) if setting.top_k is None else sweep.likeliest(to_hidden)
+        sweep = _Sweep(operands, setting)
+        values, *known = sweep.full(to_hidden) if setting.top_k is None else sweep.likeliest(to_hidden)
         ctx.save_for_backward(to_hidden, *(operands if ctx.trained else ()), *(known if ctx.trained else ()))
         return values
 
@@ -239,10 +239,9 @@ class _LinearKL(torch.autograd.Function):
                 summed(grad_hidden, setting.group)
         if ctx.trained:
             operands, known = rest[:6], tuple(rest[6:])
-            with torch.autocast(operands[0].device.type, enabled=False):
-                if setting.top_k is not None:
-                    known = (known[0], known[1] * grads[0][:, None])
-                grad_weight, grad_bias = _Sweep(tuple(operands), setting).weight_gradient(operands[1], known, grads[0], operands[2] is not None)
+            if setting.top_k is not None:
+                known = (known[0], known[1] * grads[0][:, None])
+            grad_weight, grad_bias = _Sweep(tuple(operands), setting).weight_gradient(operands[1], known, grads[0], operands[2] is not None)
             grad_bias = grad_bias.to(operands[2].dtype) if grad_bias is not None and ctx.needs_input_grad[3] else None
         return None, grad_hidden, grad_weight if ctx.needs_input_grad[2] else None, grad_bias, None, None, None
 
@@ -375,8 +374,8 @@ def linear_kl(
     hidden, flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (student_hidden, other.detach()))
     if counted is not None:
         hidden, flat = hidden.index_select(0, counted), flat.index_select(0, counted)
-    student = autocast(hidden, student_weight, student_bias)
-    teacher = (flat, None, None) if teacher_weight is None else autocast(flat, teacher_weight.detach(), teacher_bias)
+    student = functions.in_autocast_dtype(hidden, student_weight, student_bias)
+    teacher = (flat, None, None) if teacher_weight is None else functions.in_autocast_dtype(flat, teacher_weight.detach(), teacher_bias)
     values = _run(setting, *student, *teacher)
     if token_weights is not None:
         values = values * token_weights.detach().reshape(-1)[counted].float()

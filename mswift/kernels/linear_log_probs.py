@@ -153,14 +153,6 @@ def check(hidden_states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
         raise ValueError(f"softcap: got {softcap}, wanted a positive number or None")
 
 
-def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in the dtype of a surrounding autocast region, if there is one."""
-    if not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
 def rows_here(weight: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """(first row, number of rows that are no padding) of this rank's slice of the vocabulary."""
     first = 0 if group is None else group.rank() * weight.shape[0]
@@ -236,7 +228,7 @@ def linear_log_probs(
     scored = (flat_labels != ignore_index).nonzero().squeeze(1)
     target = flat_labels[scored]
     check_labels(target, weight, vocab_size, group)
-    hidden, weight, bias = autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
+    hidden, weight, bias = functions.in_autocast_dtype(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
     if len(scored) != len(flat_labels):
         hidden = hidden.index_select(0, scored)
     values, _ = score(hidden, weight, target, bias, Limits(valid, logit_scale, softcap or 0.0), first, group, reduce_grad, entropy_grad)

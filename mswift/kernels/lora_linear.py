@@ -229,14 +229,6 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_a if wanted[3] else None, grad_b if wanted[4] else None, grad_factor if wanted[5] else None, None, None
 
 
-def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands in the dtype of a surrounding autocast region, if there is one."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return (x, *weights)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(None if part is None else part.to(dtype) for part in (x, *weights))
-
-
 def stack_targets(pairs: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Adapters (A ``[r_i, in]``, B ``[size_i, r_i]``) of the parts of one fused layer (q, k and v; gate and up) as one adapter of it.
 
@@ -343,7 +335,7 @@ def lora_linear(
     group = group if group is not None and group.size() > 1 else None
     shape = (x.shape[0] * (group.size() if group is not None and sequence_parallel else 1), *x.shape[1:-1])
     adapters = 1
-    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)  # type: ignore[assignment]
+    x, weight, bias, lora_a, lora_b = functions.in_autocast_dtype(x, weight, bias, lora_a, lora_b)
     _check(x, weight, bias, lora_a, lora_b, factor, () if adapter_ids is None else tuple(lora_a.shape[:1]))
     _check_place(dropout_p, first_row, first_column)
     if adapter_ids is not None:

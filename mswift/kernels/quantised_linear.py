@@ -277,12 +277,7 @@ def quantised_linear(
     checks.at_least("first_column", first_column, 0)
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_b: wanted together with lora_a")
-    parts = [x, bias, lora_a, lora_b]
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        parts = [None if part is None else part.to(dtype) for part in parts]
-    rows, *others = parts
-    assert rows is not None
+    rows, *others = functions.in_autocast_dtype(x, bias, lora_a, lora_b)
     _check(rows, weight, *others)
     mask = None
     if dropout_p > 0:
