@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "common/isa.h"
 #include "cpu/vec.h"
@@ -144,13 +143,13 @@ static std::tuple<Tensor, Tensor> rms_norm_backward(
   const Tensor rstd = rstd_.contiguous(), grad = grad_.contiguous(), x = x_.contiguous(), w = factors(weight, zero_centred), grad_sum = grad_sum_ ? grad_sum_->contiguous() : Tensor();
   TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "rms_norm_backward: grad must be as x");
   TORCH_CHECK(!grad_sum.defined() || (grad_sum.sizes() == x.sizes() && grad_sum.scalar_type() == x.scalar_type()), "rms_norm_backward: grad_sum must be as x");
-  const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0, blocks = (rows + kSummed - 1) / kSummed;
+  const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0, each = of_weight ? kSummed : 1, blocks = (rows + each - 1) / each;
   Tensor dx = at::empty(x.sizes(), x.options()), parts = at::zeros({of_weight ? blocks : 0, n}, x.options().dtype(at::kFloat));
   by_type(x, "rms_norm_backward", [&](auto value) {
     using Value = decltype(value);
     const Value* added = grad_sum.defined() ? data_of<Value>(grad_sum) : nullptr;
-    over_rows(blocks, n * kSummed, [&](int64_t block) {
-      for (int64_t r = block * kSummed; r < std::min(rows, (block + 1) * kSummed); r++) {
+    over_rows(blocks, n * each, [&](int64_t block) {
+      for (int64_t r = block * each; r < std::min(rows, (block + 1) * each); r++) {
         const auto at = r * n;
         const Value *of_y = data_of<Value>(grad) + at, *of_x = data_of<Value>(x) + at;
         const float scale = data_of<float>(rstd)[r];

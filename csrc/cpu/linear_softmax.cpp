@@ -1,5 +1,5 @@
 // softmax(hidden @ weight.T) in tiles that stay in the cache: its statistics and the mean of the weight's rows under it (which is the gradient
-// of the log-sum-exp), and the gradient of the weight. The products are oneDNN's, through torch's brgemm, on panels of 64 columns that are
+// of the log-sum-exp); the weight's gradient is in linear_softmax_weight.cpp. The products are oneDNN's, through torch's brgemm, on panels of 64 columns that are
 // packed once for all tokens.
 //
 // The label's logit is kept out of the sums: 1 - p of the label is then a sum of small numbers and not a difference of nearly equal ones, so

@@ -100,7 +100,8 @@ struct WeightGradient {
     });
   }
 };
-/// What the gradients of both factors of the head take.
+
+/// What both operators are given.
 struct Given {
   at::Tensor hidden, weight, labels, factors;  // contiguous; factors: fp32 [4][tokens]
   std::vector<float> bias;

@@ -40,7 +40,6 @@ static inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; } 
 static inline V fnma(V a, V b, V c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }   // c - a b
 static inline V max(V a, V b) { return {_mm256_max_ps(a.v, b.v)}; }                 // b where one is NaN
 static inline V min(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
-static inline V sqrt(V a) { return {_mm256_sqrt_ps(a.v)}; }
 static inline V zero_below(V x, V limit, V value) { return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, limit.v, _CMP_LT_OQ), value.v)}; }
 /// value where keys[i] == key, else 0
 static inline V where_equal(const int32_t* keys, int32_t key, V value) {
@@ -96,7 +95,6 @@ static inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline V fnma(V a, V b, V c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 static inline V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
-static inline V sqrt(V a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline V zero_below(V x, V limit, V value) {
   return {_mm512_mask_mov_ps(value.v, _mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), _mm512_setzero_ps())};
 }

@@ -51,7 +51,6 @@ inline size_t shared_memory_limit() {
 }
 
 #define sync_block() __syncthreads()
-#define sync_warp() __syncwarp()
 #define shuffle_xor(value, mask) __shfl_xor_sync(~0u, value, mask)
 // Between blocks that run at once: one more has come; wait for so many. The barriers of the block before and after make it all threads' matter.
 __device__ __forceinline__ void signal_blocks(uint32_t* counter) {
@@ -65,7 +64,6 @@ __device__ __forceinline__ void await_blocks(const uint32_t* counter, uint32_t v
   __threadfence();
 }
 #define fast_exp(x) __expf(x)
-#define fast_log(x) __logf(x)
 #define fast_divide(a, b) __fdividef(a, b)
 template <class T> __device__ __forceinline__ T load(const T* p) { return __ldg(p); }
 template <class T> __device__ __forceinline__ T load_again(const T* p) { return *p; }  // of memory that this kernel writes as well
@@ -123,12 +121,10 @@ inline int clear(void* p, size_t bytes, Stream) { return emu::clear(p, bytes), 0
 inline size_t shared_memory_limit() { return 227 * 1024; }  // as sm_90 and sm_100
 
 #define sync_block() emu::wait_block(__LINE__)
-#define sync_warp() emu::wait_warp(__LINE__)
 #define shuffle_xor(value, mask) emu::exchange(value, emu::lane() ^ (mask), __LINE__)
 inline void signal_blocks(uint32_t* counter) { emu::signal(counter); }
 inline void await_blocks(const uint32_t* counter, uint32_t value) { emu::await(counter, value); }
 #define fast_exp(x) expf(x)
-#define fast_log(x) logf(x)
 #define fast_divide(a, b) ((a) / (b))
 #define rsqrtf(x) (1.0f / sqrtf(x))
 template <class T> inline T load(const T* p) { return emu::check_global(p, sizeof(T), false, alignof(T)), *p; }

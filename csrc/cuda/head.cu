@@ -7,7 +7,7 @@ namespace {
 using S = Large;
 
 struct Head {
-  Matrix x, weight;
+  Matrix own, other;  // hidden states; rows of the vocabulary
   const float* bias;
   const int64_t* labels;
   int64_t tokens, first, count;  // first row of the vocabulary that is here; how many rows of it are not padding
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(S::THREADS, 2) head_tiles(const Head h) {
   SHARED(float, label_logit, S::BM);
   SHARED(int, label, S::BM);
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * S::BM;
-  const int tid = threadIdx.x, tiles = static_cast<int>((h.weight.rows + S::BN - 1) / S::BN);
+  const int tid = threadIdx.x, tiles = static_cast<int>((h.other.rows + S::BN - 1) / S::BN);
   Part mine{-INFINITY, 0.0f, 0.0f, 0.0f};
   if (tid < S::BM) label_logit[tid] = 0.0f;
   for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(S::THREADS, 2) head_tiles(const Head h) {
       label[tid] = at >= 0 && at < S::BN ? static_cast<int>(at) : -1;
     }
     Tile<S> z = {};
-    multiply<S, false, false>(z, stages, Plain{h.x}, Plain{h.weight}, t0, v0, 0, h.x.cols);
+    multiply<S, false, false>(z, stages, Plain{h.own}, Plain{h.other}, t0, v0, 0, h.own.cols);
     const float* bias = h.bias ? h.bias + v0 : nullptr;
     const int real = static_cast<int>(min(h.count - v0, static_cast<int64_t>(S::BN)));
 #pragma unroll
@@ -121,12 +121,8 @@ int join_parts(const mswift_head& head, const float* parts, const float* tops, i
 extern "C" int mswift_head_statistics(const mswift_head* head, float* stats, float* partial, int splits, void* stream) {
   const mswift_head& a = *head;
   if (a.tokens == 0) return 0;
-  Head h{};
-  h.x = matrix(a.x, a.tokens, a.hidden, a.hidden), h.weight = matrix(a.weight, a.vocab, a.hidden, a.hidden);
-  h.bias = static_cast<const float*>(a.bias), h.labels = a.labels, h.tokens = a.tokens, h.first = a.first;
-  const int64_t real = a.size - a.first;
-  h.count = real < 0 ? 0 : real < a.vocab ? real : a.vocab;
-  h.scale = a.scale, h.softcap = a.softcap, h.without_label = a.without_label != 0, h.partial = partial;
+  Head h = sides<Head>(a, false);
+  h.partial = partial;
   const dim3 grid(static_cast<unsigned>((a.tokens + S::BM - 1) / S::BM), static_cast<unsigned>(splits));
   const int error = launch(head_tiles, grid, dim3(S::THREADS), S::BYTES, static_cast<Stream>(stream), h);
   return error ? error : mswift_head_merge(partial, stats, splits, a.tokens, stream);

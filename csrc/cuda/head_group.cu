@@ -14,6 +14,7 @@ using S = Large;
 enum Role { SWEEP, TO_HIDDEN, TO_WEIGHT };
 enum Of { BASE, LABEL, PROB, ENTROPY, UNIFORM };  // what is known of a token: the reference or log-sum-exp, then the coefficients
 constexpr int BM = S::BM, BN = S::BN, LINE = 32;  // LINE: a cache line of counters
+static_assert(MSWIFT_HEAD_WORKSPACE == 2 * LINE * sizeof(uint32_t) + 2 * BM * sizeof(float) + 2 * BM * BN * sizeof(bf16), "counters, notes, two tiles");
 
 struct Grouped {
   Matrix own, other;

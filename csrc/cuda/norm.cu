@@ -58,7 +58,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 4) rms_norm_backwa
   SHARED(float, scratch, THREADS / WARP);
   const SharedPtr<Chunk> of_dy = cache, of_x = cache + packs, of_weight = cache + 2 * packs;
   const T* weight = static_cast<const T*>(n.weight);
-  for (int p = tid; n.partial && p < packs * F; p += THREADS) of_weight[p / F * F + p % F] = Chunk{{0, 0, 0, 0}};
+  for (int p = tid; n.partial && p < packs * F; p += THREADS) of_weight[p] = Chunk{{0, 0, 0, 0}};
   if (F > 1) sync_block();
   for (int64_t row = blockIdx.x; row < n.rows; row += gridDim.x) {
     const int64_t at = row * n.cols;

@@ -92,6 +92,7 @@ def test_rotation(interleaved: bool) -> None:
     agree(lambda x: rotate(x, torch.stack((angles.cos(), angles.sin())), interleaved=interleaved), [x], 1e-2, 1e-3)
 
 
+@pytest.mark.skipif(not extension.isa_at_least("avx512"), reason="no AVX-512 here")
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"chunk": 4}])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_attention(options: dict[str, Any], with_sinks: bool) -> None:

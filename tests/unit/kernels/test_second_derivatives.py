@@ -53,6 +53,10 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {  # of x [4, 16]
 }
 if extension.isa_at_least("avx512"):
     OPERATORS["causal_attention"] = lambda x: causal_attention(x[:, None, None], x[:, None, None], x[:, None, None])
+NARROW: dict[str, Callable[[Tensor], Tensor]] = {  # whose kernels take bf16 alone
+    "grouped_linear": lambda x: grouped_linear(x, draw(2, 12, 16).to(x.dtype), torch.tensor([1, 3])),
+    "quantised_linear": lambda x: quantised_linear(x, quantise_int8(WEIGHT), None, A.to(x.dtype), B.to(x.dtype)),
+}
 LINEAR = {"rotate", "dropout_of"}
 """Their gradients are the operator itself once more."""
 OF_TORCH = {"rms_norm", "add_rms_norm", "the sum of add_rms_norm", "gated_activation"}
@@ -97,3 +101,14 @@ def test_a_second_derivative_is_right_or_refused(name: str, kernels: str, auto_k
     (again,) = torch.autograd.grad(value(x), x)
     assert not again.requires_grad
     assert (again * direction).sum() == pytest.approx(slope(value, x, direction), rel=2e-2, abs=2e-2)
+
+
+@pytest.mark.skipif(not extension.isa_at_least("avx512_bf16"), reason="no AVX512-BF16 here")
+@pytest.mark.parametrize("name", NARROW)
+def test_a_kernel_for_bf16_refuses_it_too(name: str, auto_kernels: None) -> None:
+    x = draw(4, 16).bfloat16().requires_grad_()
+    assert choice.compiled(name, x, torch.zeros(1, dtype=torch.int8) if name == "quantised_linear" else x)
+    with pytest.raises(RuntimeError, match=rf"^{name} has no second derivative: got create_graph=True"):
+        torch.autograd.grad(NARROW[name](x).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(NARROW[name](x).sum(), x)
+    assert not gradient.requires_grad
