@@ -7,7 +7,7 @@ memory also ``ours_gb_s, limit_gb_s``, that of ours and of a copy of as many byt
 
 With --launched all of them run with the settings of memory that the launcher gives a training process.
 
-Usage: python benchmarks/kernels.py [--only head/small lora] [--rounds 7] [--threads 1 2] [--no-compile] [--launched]
+Usage: python benchmarks/kernels.py [--only head/small lora] [--rounds 7] [--threads 1 2] [--no-compile] [--launched] [--memory] [--slow-peers]
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def measure(name: str, make: Callable[[], Methods], threads: int, rounds: int) -
     middle = {method: round(statistics.median(values), 5) for method, values in times.items()}
     common: dict[str, Any] = {"name": name, "threads": threads, "ours_s": middle["ours"], "limit_s": middle["limit"], "limit_ratio": ratio("limit")}
     if isinstance(copy := methods["limit"], Copy):
-        common |= {f"{method}_gb_s": round(copy.bytes / middle[method] / 1e9, 2) for method in ("ours", "limit")}
+        common |= {f"{method}_gb_s": round(copy.bytes / statistics.median(times[method]) / 1e9, 2) for method in ("ours", "limit")}
     peers = [method for method in methods if method not in ("ours", "limit")]
     return [{**common, "peer": peer, "peer_s": middle[peer], "ratio": ratio(peer)} for peer in peers] or [common]
 

@@ -22,7 +22,9 @@ def wgmma(emulator: Emulator, count: int, asked: str = "1") -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ["MSWIFT_WGMMA"] = before or ""
+        os.environ.pop("MSWIFT_WGMMA")
+        if before is not None:
+            os.environ["MSWIFT_WGMMA"] = before
     issued = emulator.library["emu_wgmmas"]()
     assert issued == count, f"{issued} wgmmas, not {count}"
 

@@ -284,7 +284,7 @@ def test_bf16_is_no_worse_than_eager_with_fp32_divergences(kind: Any, top_k: int
     truth = measured(exact, [hidden.double().requires_grad_(), weight.double().requires_grad_()])
     mine, theirs = (measured(function, [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]) for function in (ours, eager_with_fp32))
     for name, own, peer, right in zip(("values", "hidden", "weight"), mine, theirs, truth):
-        assert (own - right).norm() <= allowed * (peer - right).norm() + 1e-6 * right.norm(), name
+        assert (own - right).norm() <= (allowed if name == "hidden" else 1.05) * (peer - right).norm() + 1e-6 * right.norm(), name
         assert (own - right).norm() < 1e-2 * right.norm(), name
 
 
